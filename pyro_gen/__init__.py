@@ -1,0 +1,30 @@
+"""pyro_gen: deep generative models as Pyro programs, told apart by how they treat their normalizing constant."""
+
+from pyro_gen import datasets
+from pyro_gen.base import Bounded, Divergence, Evidence, Exact, Implicit, Unnormalized
+from pyro_gen.fitting import FitResult, fit, load
+from pyro_gen.handlers import log_density, log_prior, score
+from pyro_gen.objectives import ELBO, IWAE, MaximumLikelihood
+from pyro_gen.programs import VAE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "VAE",
+    "Bounded",
+    "Divergence",
+    "Evidence",
+    "Exact",
+    "FitResult",
+    "Implicit",
+    "MaximumLikelihood",
+    "Unnormalized",
+    "datasets",
+    "fit",
+    "load",
+    "log_density",
+    "log_prior",
+    "score",
+]

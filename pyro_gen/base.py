@@ -1,0 +1,657 @@
+r"""The contracts of pyro_gen on one page: programs, objectives, evidence.
+
+A generative model approximates a data distribution by :math:`p(x) = f(x) / Z` with :math:`Z = \int f(x)\,dx`. What a
+family does about Z is its *kind*, and the kind is its base class:
+
+=============== ================================= ======================================
+kind            what it can say                   what stands in for Z
+=============== ================================= ======================================
+`Exact`         ``log_prob(x)``                   nothing: Z = 1 by construction
+`Bounded`       ``lower_bound(x)``, ``sample(n)`` a guide q(z | x): log p(x) ≥ E[log w]
+`Unnormalized`  ``log_density(x)`` = log f        left open: the score needs no Z
+`Implicit`      ``sample(n)``                     never written down
+=============== ================================= ======================================
+
+A `Program` is a pair of modules, ``model`` and ``guide``, each a Pyro program called as ``model(*batch)``. An
+`Objective` is configuration; called with a program (or any model and guide) it gives an `ObjectiveModule`, whose
+``forward(*batch)`` is the loss: an estimate of :math:`-\log L(\theta)` of the *full* data set, in nats. An `Evidence`
+is a number with its kind (exact, bound, estimate) and its error.
+
+To read on: ``programs/vae.py`` is one family, ``objectives/likelihood.py`` the shortest objective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast, overload, runtime_checkable
+
+import pyro.infer
+import pyro.poutine as poutine
+import torch
+from pyro.infer.elbo import ELBOModule
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+
+from pyro_gen import handlers
+from pyro_gen.handlers import Structure
+
+EvidenceKind = Literal["exact", "lower bound", "upper bound", "estimate"]
+LossIs = Literal["log-likelihood", "lower bound", "generalized", "gradient only", "game"]
+
+PARETO_K_LIMIT = 0.7  # above it a mean of weights cannot be trusted at any practical size (Vehtari et al. 2024)
+
+
+# ---------------------------------------------------------------------------------------------------------- programs
+class Nothing(nn.Module):
+    """The guide of a program that needs none."""
+
+    def forward(self, *batch: Any, **kwargs: Any) -> None:
+        return None
+
+
+class Calls(nn.Module):
+    """A bare Pyro callable as a module, so that a `Program` can hold it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *batch: Any, **kwargs: Any) -> Any:
+        return self.function(*batch, **kwargs)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__qualname__", repr(self.function))
+
+
+def as_shape(shape: int | tuple[int, ...], name: str = "event_shape") -> torch.Size:
+    """An int or a tuple of ints as a ``torch.Size``; a ``ValueError`` that names the argument otherwise."""
+    parts = (shape,) if isinstance(shape, int) else tuple(shape) if isinstance(shape, (tuple, list)) else None
+    if parts is None or any(isinstance(p, bool) or not isinstance(p, int) or p < 1 for p in parts):
+        raise ValueError(f"{name} must be a positive int or a tuple of them, got {shape!r}")
+    return torch.Size(parts)
+
+
+def check_rows(x: Any, shape: torch.Size, name: str = "x") -> Tensor:
+    """Check that ``x`` is a finite floating point tensor of shape ``(rows, *shape)`` with at least one row.
+
+    Values are looked at only while Pyro's validation is on (``pyro.enable_validation``), as in its distributions.
+
+    Raises:
+        TypeError: for another type or dtype.
+        ValueError: for another shape, no rows, or values that are not finite; names the first bad row.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: use torch.as_tensor({name})")
+    if not x.dtype.is_floating_point:
+        what = "take its real and imaginary parts as features" if x.dtype.is_complex else f"pass {name}.float()"
+        raise TypeError(f"{name} must be floating point, got {x.dtype}: {what}")
+    want = "(rows, " + ", ".join(map(str, shape)) + ")" if len(shape) else "(rows,)"
+    if x.dim() != len(shape) + 1 or tuple(x.shape[1:]) != tuple(shape):
+        hint = ""
+        if tuple(x.shape) == tuple(shape):
+            hint = f": a single row is {name}.unsqueeze(0)"
+        elif x.dim() == 1 and shape.numel() == 1:
+            hint = f": one feature a row is {name}.unsqueeze(-1)"
+        elif x.dim() > 1 and x[0].numel() == shape.numel():
+            hint = f": {name}.reshape(-1, {', '.join(map(str, shape))}) has it"
+        raise ValueError(f"{name} must have shape {want}, got {tuple(x.shape)}{hint}")
+    if x.shape[0] == 0:
+        raise ValueError(f"{name} is empty: it has no rows")
+    if is_validation_enabled():  # looks at values, so it waits for the device
+        bad = ~torch.isfinite(x.reshape(x.shape[0], -1)).all(1)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{name} is not finite in {int(bad.sum())} of {x.shape[0]} rows, first in row {row}: "
+                "drop or impute those rows"
+            )
+    return x
+
+
+class Program(nn.Module):
+    """A generative model as a Pyro model/guide pair; its subclass says what it does about Z.
+
+    Args:
+        model: the Pyro program of the data; a module (or any callable) called as ``model(*batch)``.
+        guide: what stands in for the integral, called likewise; None where nothing is needed.
+        event_shape: shape of one datum, an int or a tuple.
+        context_shape: shape of what a row is conditioned on, or None.
+
+    Model and guide are two modules, never two methods of one, and a program is not called itself: call its objective.
+    """
+
+    __call__: None  # type: ignore[assignment]
+    model: nn.Module
+    guide: nn.Module
+    config: dict[str, Any] | None = None  # what `load` builds the program from; None where it was given modules
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any] | None,
+        event_shape: int | tuple[int, ...],
+        context_shape: int | tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, Program) or isinstance(guide, Program):
+            raise TypeError("model and guide are Pyro callables; of a program pass program.model and program.guide")
+        if not callable(model) or not (guide is None or callable(guide)):
+            raise TypeError(f"model and guide must be callable, got {type(model).__name__}, {type(guide).__name__}")
+        self.model = model if isinstance(model, nn.Module) else Calls(model)
+        self.guide = Nothing() if guide is None else guide if isinstance(guide, nn.Module) else Calls(guide)
+        self.event_shape = as_shape(event_shape)
+        self.context_shape = None if context_shape is None else as_shape(context_shape, "context_shape")
+
+    def check(self, x: Any, context: Any = None) -> tuple[Tensor, ...]:
+        """Check data at the door and return the batch ``(x,)`` or ``(x, context)``.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what to do.
+        """
+        batch: tuple[Tensor, ...] = (check_rows(x, self.event_shape),)
+        if self.context_shape is None:
+            if context is not None:
+                raise ValueError("context was given to a program without one: build it with context_shape=")
+        else:
+            if context is None:
+                raise ValueError(f"context is missing: this program is conditioned on {tuple(self.context_shape)}")
+            batch += (check_rows(context, self.context_shape, "context"),)
+            if batch[0].shape[0] != batch[1].shape[0]:
+                raise ValueError(f"x has {batch[0].shape[0]} rows and context has {batch[1].shape[0]}")
+        like = self.template()
+        for name, part in zip(("x", "context"), batch, strict=False):
+            if part.dtype != like.dtype:
+                raise TypeError(
+                    f"{name} is {part.dtype} and the program {like.dtype}: pass {name}.to({like.dtype}), or "
+                    "program.to(...) the other way"
+                )
+            if part.device != like.device:
+                raise ValueError(
+                    f"{name} is on {part.device} and the program on {like.device}: move one, "
+                    f"program.to({str(part.device)!r}) or {name}.to({str(like.device)!r})"
+                )
+        return batch
+
+    def check_training(self, x: Tensor) -> None:
+        """Refuse data on which the fit has no maximum; families override it."""
+
+    def template(self) -> Tensor:
+        """An empty tensor with the device and dtype of the program's parameters."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.dtype.is_floating_point:
+                return torch.empty(0, device=tensor.device, dtype=tensor.dtype)
+        return torch.empty(0)
+
+
+class Samples(Program):
+    """What programs with a normalised model share: ancestral draws."""
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Tensor | None = None, *, seed: int | None = None) -> Tensor:
+        """Draw data from the model, by running it with nothing observed.
+
+        Args:
+            n: number of rows.
+            context: tensor of shape ``(n, *context_shape)``, for a conditional program.
+            seed: makes the draw repeatable and leaves the global generators as they were.
+
+        Returns:
+            Tensor of shape ``(n, *event_shape)``.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be a positive int, got {n!r}")
+        x = self.template().new_zeros((n, *self.event_shape))
+        batch = self.check(x, context)
+        with handlers.forked_generators(seed) if seed is not None else _nothing(), poutine.block():
+            trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*batch)
+        sites = {k: s for k, s in handlers.sample_sites(trace).items() if (s["infer"] or {}).get("was_observed")}
+        found = [k for k, s in sites.items() if s["infer"]["obs"] is x]
+        found = found or [k for k, s in sites.items() if handlers.site_kind(s) != "factor"]
+        if len(found) != 1:
+            raise ValueError(f"the model's data site is not clear among {sorted(sites)}: observe x itself, obs=x")
+        return cast(Tensor, sites[found[0]]["value"])
+
+
+class Implicit(Samples):
+    """A program that can only be sampled: its density is never written down.
+
+    Args:
+        model: Pyro program that observes ``x``; guide: None, or a critic.
+        event_shape: shape of one datum.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any] | None = None,
+        event_shape: int | tuple[int, ...] = 1,
+        context_shape: int | tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(model, guide, event_shape, context_shape)
+
+
+class Bounded(Samples):
+    r"""A program with latents, whose Z is bounded: :math:`\log p(x) \ge E_q[\log p(x, z) - \log q(z \mid x)]`.
+
+    Args:
+        model: Pyro program of x and its latents; guide: Pyro program of the same latents given x.
+        event_shape: shape of one datum.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x.squeeze(-1))
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x.squeeze(-1) / 2, 0.5**0.5))   # the exact posterior
+        >>> Bounded(model, guide, event_shape=1).lower_bound(torch.zeros(2, 1))  # so the bound is log N(0; 0, 2)
+        tensor([-1.2655, -1.2655])
+    """
+
+    def lower_bound(self, x: Tensor, context: Tensor | None = None, particles: int = 1) -> Tensor:
+        """ELBO of each row, a mean over ``particles`` draws of the guide: ``(rows,)``, in nats; random as the draws."""
+        check_count(particles, "particles")
+        weights = handlers.log_weight(self.model, self.guide, *self.check(x, context), particles=particles)
+        return weights.mean(0)
+
+
+class Unnormalized(Program):
+    """A program whose density is known up to Z: sites of any kind, factors among them, no free latents.
+
+    Args:
+        model: Pyro program that observes ``x``.
+        event_shape: shape of one datum.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        event_shape: int | tuple[int, ...],
+        context_shape: int | tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(model, None, event_shape, context_shape)
+
+    def log_density(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log f of each row, not log p: ``(rows,)``, in nats up to one constant, log Z."""
+        return handlers.log_density(self.model, *self.check(x, context))
+
+
+class Exact(Unnormalized, Bounded):
+    """A program whose density is normalised: Z = 1, the bound's gap is 0, so every objective of the others fits it."""
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p of each row: ``(rows,)``, in nats."""
+        return handlers.log_density(self.model, *self.check(x, context))
+
+    def log_density(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p of each row: f = p, as Z = 1."""
+        return self.log_prob(x, context)
+
+    def lower_bound(self, x: Tensor, context: Tensor | None = None, particles: int = 1) -> Tensor:
+        """log p of each row: the bound's gap is 0."""
+        return self.log_prob(x, context)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def check_count(value: Any, name: str) -> int:
+    """A positive int; a ``ValueError`` that names the argument otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    return value
+
+
+# -------------------------------------------------------------------------------------------------------- objectives
+K = TypeVar("K", bound=Program, contravariant=True)
+
+
+@effectful(type="param")  # type: ignore[untyped-decorator, unused-ignore]
+def _emit(value: Tensor, name: str | None = None) -> Tensor:
+    return value
+
+
+def announce(prefix: str, module: nn.Module) -> None:
+    """Emit a param site for each trainable parameter of a module, so that ``SVI.step`` finds and trains it.
+
+    Unlike ``pyro.module`` this does not go through the global store, which would hand a second module of equal
+    parameter names the tensors of the first.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            view = parameter.view_as(parameter)
+            view.unconstrained = lambda p=parameter: p  # type: ignore[attr-defined]
+            _emit(view, name=f"{prefix}.{name}")
+
+
+class ObjectiveModule(ELBOModule):
+    """An objective bound to one model and guide; its ``forward(*batch)`` is the loss.
+
+    Subclasses implement :meth:`pointwise` where the loss is a sum over rows, else :meth:`forward`. State that a loss
+    keeps (a learnt log Z, a chain, a critic) is parameters and buffers of this module.
+    """
+
+    model: Any  # a module, or any callable
+    guide: Any
+    objective: Objective[Any]
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any] | None, objective: Objective[Any]) -> None:
+        super().__init__(cast(nn.Module, model), cast(nn.Module, guide), objective)
+        self.objective = objective
+        self.__dict__["program"] = None
+        self.structure: Structure | None = None
+        self.__dict__["store_parameters"] = []  # tensors of `pyro.param` sites that no module owns
+
+    @property
+    def program(self) -> Program | None:
+        """The program this objective was called with, or None for a bare pair."""
+        return cast("Program | None", self.__dict__["program"])
+
+    @property
+    def players(self) -> tuple[nn.Module, ...]:
+        """The modules whose parameters each loss of :meth:`losses` trains; one, but for games."""
+        return (self,)
+
+    def prepare(self, *batch: Any, **kwargs: Any) -> Structure:
+        """Run the pair once, plainly: creates lazy parameters, checks that the sites match, leaves no trace.
+
+        The first :meth:`forward` does this by itself; an optimizer built before it misses lazy parameters.
+        """
+        with (
+            torch.no_grad(),
+            handlers.preserved_state(self.model, self.guide),
+            poutine.block(),
+            handlers.hide_bare_parameters(),
+        ):
+            shape, tensors = handlers.structure(self.model, self.guide, *batch, **kwargs)
+        self.check_structure(shape)
+        own = {id(p) for p in self.parameters()}
+        unique = {id(t): t for t in tensors if id(t) not in own and t.is_leaf and t.requires_grad}
+        self.__dict__["store_parameters"] = list(unique.values())
+        self.structure = shape
+        return shape
+
+    def check_structure(self, shape: Structure) -> None:
+        """Refuse a pair that this objective cannot train; called by :meth:`prepare`."""
+        handlers.check_pair(shape)
+
+    def trainable(self) -> list[Tensor]:
+        """The tensors an optimizer gets: own parameters, then those of ``pyro.param`` statements."""
+        return [p for p in (*self.parameters(), *self.__dict__["store_parameters"]) if p.requires_grad]
+
+    def pointwise(self, *batch: Any, **kwargs: Any) -> Tensor:
+        """The loss of each row, unscaled: ``(rows,)``, in nats where the loss is one of log-likelihood or bound."""
+        raise TypeError(f"{type(self.objective).__name__} is not a sum over rows: it has no pointwise loss")
+
+    def forward(self, *batch: Any, total: int | None = None, **kwargs: Any) -> Tensor:
+        """The loss: an estimate of the total over ``total`` rows (default: what the data plate says, else the batch).
+
+        Raises:
+            ValueError: if ``total`` is given and no plate runs over the rows.
+        """
+        with self.scaled(*batch, total=total, apply=False, **kwargs) as seen:
+            rows = self.pointwise(*batch, **kwargs)
+        return cast(Tensor, (seen.factor(handlers.count_rows(batch)) * rows).sum())
+
+    def losses(self, *batch: Any, total: int | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
+        """One loss per player, whose gradient reaches that player's parameters only; :meth:`forward` is their sum."""
+        return (self.forward(*batch, total=total, **kwargs),)
+
+    @contextmanager
+    def scaled(self, *batch: Any, total: int | None, apply: bool, **kwargs: Any) -> Iterator[handlers.DataScale]:
+        """Run the program under the one scale: prepared, its data plate counted as ``total`` rows."""
+        shape = self.structure or self.prepare(*batch, **kwargs)
+        if total is not None:
+            check_count(total, "total")
+            shape.require_data_plate("total=")
+        seen = handlers.DataScale(shape.data_plate, total, apply)
+        if apply and total is None:  # nothing to scale
+            with handlers.hide_bare_parameters():
+                yield seen
+        else:
+            with handlers.hide_bare_parameters(), seen:
+                yield seen
+
+    def extra_repr(self) -> str:
+        return repr(self.objective)
+
+
+class Objective(pyro.infer.ELBO, Generic[K]):
+    """Configuration of a loss; ``objective(program)`` or ``objective(model, guide)`` gives the loss as a module.
+
+    It subclasses Pyro's ``ELBO``, so ``SVI(model, guide, optim, loss=objective)`` takes it. Generic in the kind of
+    program it needs: a type checker refuses an objective on the wrong kind, and at run time it is a ``TypeError``.
+
+    Attributes:
+        needs: the kinds of program it trains.
+        loss_is: what the loss says of log L: ``"log-likelihood"`` (its negative, up to a constant), ``"lower bound"``,
+            ``"generalized"`` (another minimum of the same kind), ``"gradient only"`` (its value means nothing) or
+            ``"game"``.
+        deterministic: whether two calls with one batch agree.
+        module_class: the `ObjectiveModule` it makes.
+    """
+
+    needs: ClassVar[tuple[type[Program], ...]]
+    loss_is: ClassVar[LossIs]
+    deterministic: bool = False
+    module_class: ClassVar[type[ObjectiveModule]]
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._bound: dict[tuple[int, int], ObjectiveModule] = {}
+
+    @overload
+    def __call__(self, program: K, /) -> ObjectiveModule: ...
+    @overload
+    def __call__(self, model: Callable[..., Any], guide: Callable[..., Any] | None = None, /) -> ObjectiveModule: ...
+    def __call__(self, model: Any, guide: Any = None, /) -> ObjectiveModule:
+        if not isinstance(model, Program):
+            if isinstance(model, type) or not callable(model) or not (guide is None or callable(guide)):
+                raise TypeError(
+                    f"{type(self).__name__}()(...) takes a program, or a model and a guide (callables); got "
+                    f"{describe(model)}" + ("" if guide is None else f" and {describe(guide)}")
+                )
+            return self.module_class(model, Nothing() if guide is None else guide, self)
+        if guide is not None:
+            raise TypeError("a program brings its own guide: call the objective with the program alone")
+        if not isinstance(model, self.needs):
+            others = sorted(o.__name__ for o in _objectives() if isinstance(model, o.needs))
+            raise TypeError(
+                f"{type(self).__name__} needs a program of kind {' or '.join(k.__name__ for k in self.needs)}, and "
+                f"{describe(model)} is {_kind(model)}; what trains it: {', '.join(others) or 'no objective here'}"
+            )
+        module = self.module_class(model.model, model.guide, self)
+        module.__dict__["program"] = model
+        return module
+
+    # Pyro's side: SVI calls these with the pair it holds
+    def _module(self, model: Callable[..., Any], guide: Callable[..., Any]) -> ObjectiveModule:
+        key = (id(model), id(guide))  # the module keeps both alive, so the ids stay theirs
+        if key not in self._bound:
+            self._bound[key] = self(model, guide)
+        return self._bound[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bound": {}}
+
+    def differentiable_loss(self, model: Any, guide: Any, *batch: Any, **kwargs: Any) -> Tensor:
+        """The loss of a pair, for ``SVI`` and code written for Pyro's own ELBOs."""
+        return cast(Tensor, self._module(model, guide)(*batch, **kwargs))
+
+    def loss(self, model: Any, guide: Any, *batch: Any, **kwargs: Any) -> float:
+        """The loss as a float, without gradients."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *batch, **kwargs))
+
+    def loss_and_grads(self, model: Any, guide: Any, *batch: Any, **kwargs: Any) -> float:
+        """The loss as a float; accumulates gradients and shows every trainable parameter to ``SVI``."""
+        module = self._module(model, guide)
+        value = module(*batch, **kwargs)
+        announce("objective", module)
+        if value.requires_grad:
+            value.backward()
+        return float(value.detach())
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        return handlers.pair_traces(model, guide, *args, **kwargs)[::-1]
+
+    def __repr__(self) -> str:
+        shown = [f"{k}={v!r}" for k, v in self.settings().items()]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration, as numbers and strings: what `repr` shows and results record."""
+        return {}
+
+
+def describe(thing: Any) -> str:
+    """A short name of an object for error messages."""
+    if isinstance(thing, type):
+        return f"the class {thing.__name__} (make an instance: {thing.__name__}(...))"
+    return f"{type(thing).__name__}" if not isinstance(thing, (int, float, str)) else repr(thing)
+
+
+def _kind(program: Program) -> str:
+    return next(k.__name__ for k in (Exact, Bounded, Unnormalized, Implicit, Program) if isinstance(program, k))
+
+
+def _objectives(root: type[Any] | None = None) -> list[type[Objective[Any]]]:
+    found: list[type[Objective[Any]]] = []
+    for cls in (root or Objective).__subclasses__():
+        if cls.__module__.startswith("pyro_gen."):
+            found += [cls, *_objectives(cls)]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- evidence
+SIGNS: dict[str, str] = {"exact": "=", "lower bound": "≥", "upper bound": "≤", "estimate": "≈"}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A log-evidence (log p(x), or log Z) with its kind and its error, in nats; one entry a datum, or a scalar.
+
+    Attributes:
+        value: the number(s), float64 on the CPU.
+        kind: ``"exact"``; ``"lower bound"`` or ``"upper bound"`` (in expectation); ``"estimate"``.
+        standard_error: Monte Carlo (or numerical) standard error of each entry, independent between entries.
+        shared_error: standard error of what all entries share (one estimated log Z): it does not average out.
+        sampling_error: of a mean or sum over rows: standard error from the rows being a sample.
+        effective_sample_size: of each entry's weights.
+        pareto_k: tail index k̂ of each entry's weights; above 0.7 the estimate is relabelled a lower bound.
+        rows: number of rows behind a mean or sum.
+    """
+
+    value: Tensor
+    kind: EvidenceKind
+    standard_error: Tensor | None = None
+    shared_error: float = 0.0
+    sampling_error: Tensor | None = None
+    effective_sample_size: Tensor | None = None
+    pareto_k: Tensor | None = None
+    rows: int | None = None
+    label: str = field(default="log p(x)", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in SIGNS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, SIGNS))}, got {self.kind!r}")
+
+    def __len__(self) -> int:
+        return self.value.shape[0]
+
+    def __getitem__(self, index: Any) -> Evidence:
+        def pick(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[index]
+
+        return replace(
+            self,
+            value=self.value[index],
+            standard_error=pick(self.standard_error),
+            effective_sample_size=pick(self.effective_sample_size),
+            pareto_k=pick(self.pareto_k),
+        )
+
+    def sum(self) -> Evidence:
+        """Sum over rows: independent errors add in quadrature, the shared one linearly."""
+        n = self.value.numel()
+        independent = torch.zeros(()) if self.standard_error is None else self.standard_error.square().sum().sqrt()
+        total = torch.hypot(independent.double(), torch.tensor(n * self.shared_error, dtype=torch.float64))
+        spread = self.value.std(unbiased=True) * math.sqrt(n) if n > 1 else torch.tensor(math.nan)
+        worst = None if self.pareto_k is None else self.pareto_k.max()
+        least = None if self.effective_sample_size is None else self.effective_sample_size.min()
+        return Evidence(
+            self.value.sum(),
+            self.kind,
+            None if self.standard_error is None and not self.shared_error else total,
+            n * self.shared_error,
+            spread.double(),
+            least,
+            worst,
+            n,
+            self.label,
+        )
+
+    def mean(self) -> Evidence:
+        """Mean over rows (nats per datum); ``sampling_error`` is its standard error from the rows being a sample.
+
+        ``effective_sample_size`` and ``pareto_k`` of the result are those of the worst row.
+        """
+        total, n = self.sum(), self.value.numel()
+        return replace(
+            total,
+            value=total.value / n,
+            standard_error=None if total.standard_error is None else total.standard_error / n,
+            shared_error=self.shared_error,
+            sampling_error=None if total.sampling_error is None else total.sampling_error / n,
+        )
+
+    def __str__(self) -> str:
+        if self.value.dim():
+            k = (
+                ""
+                if self.pareto_k is None
+                else f", k̂ > {PARETO_K_LIMIT} in {int((self.pareto_k > PARETO_K_LIMIT).sum())}"
+            )
+            return f"{self.label} of {len(self)} rows ({self.kind}{k}): mean {self.mean()}"
+        text = f"{SIGNS[self.kind]} {float(self.value):.4g}" if abs(float(self.value)) < 1 else ""
+        if self.standard_error is None or not math.isfinite(float(self.standard_error)):
+            text = text or f"{SIGNS[self.kind]} {float(self.value):.2f}"
+        else:
+            error = float(self.standard_error)
+            digits = max(2, 1 - math.floor(math.log10(error))) if error > 0 else 2
+            text = f"{SIGNS[self.kind]} {float(self.value):.{min(digits, 6)}f} ± {error:.{min(digits, 6)}f}"
+        if self.sampling_error is not None and math.isfinite(float(self.sampling_error)):
+            text += f" (± {float(self.sampling_error):.2f} over {self.rows} rows)"
+        return text
+
+    def __repr__(self) -> str:
+        return f"Evidence({self})"
+
+
+@runtime_checkable
+class EvidenceMethod(Protocol):
+    """How log p(x) is had: configuration, with one method that answers for a program it can answer for."""
+
+    def log_evidence(self, program: Program, x: Tensor, context: Tensor | None = None) -> Evidence: ...
+
+
+class Divergence(ArithmeticError):
+    """A loss or gradient that is not finite; the program holds its last good state.
+
+    Attributes:
+        step: the step at which it happened, counted from 0.
+        parameters: names of the parameters with a gradient that is not finite.
+        rows: indices of the rows whose loss is not finite, where the loss is a sum over rows.
+    """
+
+    def __init__(self, message: str, step: int, parameters: list[str], rows: list[int]) -> None:
+        super().__init__(message)
+        self.step, self.parameters, self.rows = step, parameters, rows

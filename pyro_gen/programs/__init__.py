@@ -1,0 +1,5 @@
+"""Families of generative models, one a file."""
+
+from pyro_gen.programs.vae import VAE
+
+__all__ = ["VAE"]
