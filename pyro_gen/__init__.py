@@ -2,6 +2,7 @@
 
 from pyro_gen import datasets
 from pyro_gen.base import Bounded, Divergence, Evidence, Exact, Implicit, Unnormalized
+from pyro_gen.evidence import ImportanceSampling, log_evidence
 from pyro_gen.fitting import FitResult, fit, load
 from pyro_gen.handlers import log_density, log_prior, score
 from pyro_gen.objectives import ELBO, IWAE, MaximumLikelihood
@@ -19,12 +20,14 @@ __all__ = [
     "Exact",
     "FitResult",
     "Implicit",
+    "ImportanceSampling",
     "MaximumLikelihood",
     "Unnormalized",
     "datasets",
     "fit",
     "load",
     "log_density",
+    "log_evidence",
     "log_prior",
     "score",
 ]

@@ -71,7 +71,7 @@ def as_shape(shape: int | tuple[int, ...], name: str = "event_shape") -> torch.S
     """An int or a tuple of ints as a ``torch.Size``; a ``ValueError`` that names the argument otherwise."""
     parts = (shape,) if isinstance(shape, int) else tuple(shape) if isinstance(shape, (tuple, list)) else None
     if parts is None or any(isinstance(p, bool) or not isinstance(p, int) or p < 1 for p in parts):
-        raise ValueError(f"{name} must be a positive int or a tuple of them, got {shape!r}")
+        raise ValueError(f"{name} must be a positive int or a tuple of them, got {describe(shape)}")
     return torch.Size(parts)
 
 
@@ -88,20 +88,23 @@ def check_rows(x: Any, shape: torch.Size, name: str = "x") -> Tensor:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: use torch.as_tensor({name})")
     if not x.dtype.is_floating_point:
         what = "take its real and imaginary parts as features" if x.dtype.is_complex else f"pass {name}.float()"
+        if name == "context" and not x.dtype.is_complex:
+            what += ", or for labels torch.nn.functional.one_hot(context, classes).float()"
         raise TypeError(f"{name} must be floating point, got {x.dtype}: {what}")
     want = "(rows, " + ", ".join(map(str, shape)) + ")" if len(shape) else "(rows,)"
     if x.dim() != len(shape) + 1 or tuple(x.shape[1:]) != tuple(shape):
-        hint = ""
+        built = "context_shape" if name == "context" else "event_shape"
+        hint = f"pass such rows, or build the program with another {built}="
         if tuple(x.shape) == tuple(shape):
-            hint = f": a single row is {name}.unsqueeze(0)"
-        elif x.dim() == 1 and shape.numel() == 1:
-            hint = f": one feature a row is {name}.unsqueeze(-1)"
-        elif x.dim() > 1 and x[0].numel() == shape.numel():
-            hint = f": {name}.reshape(-1, {', '.join(map(str, shape))}) has it"
-        raise ValueError(f"{name} must have shape {want}, got {tuple(x.shape)}{hint}")
+            hint = f"a single row is {name}.unsqueeze(0)"
+        elif x.dim() == 1:
+            hint = f"the first dimension counts rows; one feature a row is {name}.unsqueeze(-1)"
+        elif x.dim() > 1 and x.shape[1:].numel() == shape.numel():
+            hint = f"{name}.reshape(-1, {', '.join(map(str, shape))}) has it"
+        raise ValueError(f"{name} must have shape {want}, got {tuple(x.shape)}: {hint}")
     if x.shape[0] == 0:
-        raise ValueError(f"{name} is empty: it has no rows")
-    if is_validation_enabled():  # looks at values, so it waits for the device
+        raise ValueError(f"{name} is empty: it has no rows, and at least one is needed")
+    if is_validation_enabled() and not x.is_meta:  # looks at values, so it waits for the device
         bad = ~torch.isfinite(x.reshape(x.shape[0], -1)).all(1)
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
@@ -155,13 +158,20 @@ class Program(nn.Module):
         batch: tuple[Tensor, ...] = (check_rows(x, self.event_shape),)
         if self.context_shape is None:
             if context is not None:
-                raise ValueError("context was given to a program without one: build it with context_shape=")
+                raise ValueError(
+                    "context was given to a program without one: pass x alone, or build the program with context_shape="
+                )
         else:
             if context is None:
-                raise ValueError(f"context is missing: this program is conditioned on {tuple(self.context_shape)}")
+                raise ValueError(
+                    f"context is missing: this program was built with context_shape={tuple(self.context_shape)}, so "
+                    "data are a pair (x, context)"
+                )
             batch += (check_rows(context, self.context_shape, "context"),)
             if batch[0].shape[0] != batch[1].shape[0]:
-                raise ValueError(f"x has {batch[0].shape[0]} rows and context has {batch[1].shape[0]}")
+                raise ValueError(
+                    f"x has {batch[0].shape[0]} rows and context has {batch[1].shape[0]}: each row of x needs its own"
+                )
         like = self.template()
         for name, part in zip(("x", "context"), batch, strict=False):
             if part.dtype != like.dtype:
@@ -203,7 +213,7 @@ class Samples(Program):
             Tensor of shape ``(n, *event_shape)``.
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be a positive int, got {n!r}")
+            raise ValueError(f"n must be a positive int, got {describe(n)}")
         x = self.template().new_zeros((n, *self.event_shape))
         batch = self.check(x, context)
         with handlers.forked_generators(seed) if seed is not None else _nothing(), poutine.block():
@@ -306,7 +316,7 @@ def _nothing() -> Iterator[None]:
 def check_count(value: Any, name: str) -> int:
     """A positive int; a ``ValueError`` that names the argument otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        raise ValueError(f"{name} must be an int of at least 1, got {describe(value)}")
     return value
 
 
@@ -516,7 +526,8 @@ def describe(thing: Any) -> str:
     """A short name of an object for error messages."""
     if isinstance(thing, type):
         return f"the class {thing.__name__} (make an instance: {thing.__name__}(...))"
-    return f"{type(thing).__name__}" if not isinstance(thing, (int, float, str)) else repr(thing)
+    plain = thing is None or isinstance(thing, (bool, int, float, str, tuple, list))
+    return repr(thing) if plain and len(repr(thing)) <= 80 else type(thing).__name__
 
 
 def _kind(program: Program) -> str:
@@ -627,7 +638,8 @@ class Evidence:
         else:
             error = float(self.standard_error)
             digits = max(2, 1 - math.floor(math.log10(error))) if error > 0 else 2
-            text = f"{SIGNS[self.kind]} {float(self.value):.{min(digits, 6)}f} ± {error:.{min(digits, 6)}f}"
+            shown = f"{error:.{digits}f}" if digits <= 6 else f"{error:.0e}"
+            text = f"{SIGNS[self.kind]} {float(self.value):.{min(digits, 6)}f} ± {shown}"
         if self.sampling_error is not None and math.isfinite(float(self.sampling_error)):
             text += f" (± {float(self.sampling_error):.2f} over {self.rows} rows)"
         return text
@@ -650,8 +662,11 @@ class Divergence(ArithmeticError):
         step: the step at which it happened, counted from 0.
         parameters: names of the parameters with a gradient that is not finite.
         rows: indices of the rows whose loss is not finite, where the loss is a sum over rows.
+        result: the `FitResult` up to there, to be looked at or saved; None outside of `fit`.
     """
 
-    def __init__(self, message: str, step: int, parameters: list[str], rows: list[int]) -> None:
+    def __init__(
+        self, message: str, step: int, parameters: list[str], rows: list[int], result: Any = None
+    ) -> None:
         super().__init__(message)
-        self.step, self.parameters, self.rows = step, parameters, rows
+        self.step, self.parameters, self.rows, self.result = step, parameters, rows, result

@@ -26,17 +26,18 @@ PRIOR_SCALE, PRIOR_SHAPE, PRIOR_COUNT = 3.0, 0.5, 10.0  # the weak priors of the
 BLOCK = 2**20  # numbers in one intermediate of the fit: 8 MiB, about the size of a cache
 
 
-def pareto_k(log_weights: Tensor, dim: int = 0, *, resolution: float | None = None) -> Tensor:
+def pareto_k(log_weights: Tensor, dim: int = 0, *, dtype: torch.dtype | None = None) -> Tensor:
     r"""Tail index k̂ of importance weights: the shape of a generalized Pareto distribution fitted to the largest ones.
 
-    The tail is what exceeds the (M + 1)-th largest of K weights, :math:`M = \lceil \min(K / 5, 3 \sqrt K) \rceil`; it is
-    fitted by the estimator of Zhang & Stephens, drawn towards 1/2 by a prior worth ten draws.
+    The tail is what exceeds the (M + 1)-th largest of K weights, :math:`M = \lceil \min(K / 5, 3 \sqrt K) \rceil`. It
+    is fitted by the estimator of Zhang & Stephens, drawn towards 1/2 by a prior worth ten draws.
 
     Args:
         log_weights: log w, in nats, any shape; -inf is a weight of zero.
         dim: the dimension of the draws.
-        resolution: differences of log weights, in nats, up to which they are rounding (of the numbers they are sums
-            of, not only their own). Default: the square root of the dtype's epsilon, 3e-4 for float32.
+        dtype: the type the log weights were computed in, if it is not their own. It tells rounding from spread: with
+            :math:`\epsilon` its resolution, differences up to :math:`\max(\sqrt\epsilon, 16\, \epsilon\, |\log w|)`
+            count as none (3e-4 nats in float32).
 
     Returns:
         k̂, float64, of the shape of ``log_weights`` without ``dim``. Below 0.5 good, to 0.7 usable, above it the mean
@@ -61,8 +62,7 @@ def pareto_k(log_weights: Tensor, dim: int = 0, *, resolution: float | None = No
         tensor([False,  True])
     """
     draws = _draws_first(log_weights, dim)
-    if resolution is None:
-        resolution = math.sqrt(torch.finfo(log_weights.dtype).eps)
+    epsilon = torch.finfo(dtype or log_weights.dtype).eps
     count, rest = draws.shape[0], draws.shape[1:]
     length = math.ceil(min(count / 5, 3 * math.sqrt(count)))
     largest = draws.reshape(count, -1).T.contiguous().double()
@@ -70,10 +70,10 @@ def pareto_k(log_weights: Tensor, dim: int = 0, *, resolution: float | None = No
     largest = largest.topk(length + 1 if length > 4 else count, dim=1).values
     grid = 30 + math.isqrt(length)
     blocks = largest.split(max(1, BLOCK // (grid * max(1, length))))
-    return torch.cat([_tail_index(block, length, grid, resolution) for block in blocks]).reshape(rest)
+    return torch.cat([_tail_index(block, length, grid, epsilon) for block in blocks]).reshape(rest)
 
 
-def _tail_index(largest: Tensor, length: int, grid: int, resolution: float) -> Tensor:
+def _tail_index(largest: Tensor, length: int, grid: int, epsilon: float) -> Tensor:
     """k̂ of each row of ``largest``: log weights in descending order, of which ``length`` may make the tail."""
     top = largest[:, :1]
     relative = torch.where(torch.isfinite(top), largest - top, torch.zeros_like(largest))
@@ -87,7 +87,8 @@ def _tail_index(largest: Tensor, length: int, grid: int, resolution: float) -> T
     if length > 4:
         k = torch.where(n > 4, _generalized_pareto_shape(excess, n, grid), k)
     if largest.shape[1] > 1:
-        k = torch.where((relative[:, -1:] >= -resolution) & torch.isfinite(top), -math.inf, k)
+        rounding = (16 * epsilon * top.abs()).clamp_min(math.sqrt(epsilon))
+        k = torch.where((relative[:, -1:] >= -rounding) & torch.isfinite(top), -math.inf, k)
     return torch.where(torch.isnan(top) | (top == math.inf), math.nan, k).squeeze(1)
 
 

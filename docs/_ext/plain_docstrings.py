@@ -9,8 +9,9 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
-KEPT = re.compile(  # literals, roles, links, **bold** and *emphasis*
-    r"``.*?``|:[\w:+-]+:`[^`]*`|`[^`]*`_{0,2}|\*\*\S(?:.*?\S)?\*\*|(?<![\w*(])\*[^\s*](?:[^*]*[^\s*])?\*(?!\w)"
+KEPT = re.compile(  # literals, roles, links, **bold** and *emphasis*, over line ends too
+    r"``.*?``|:[\w:+-]+:`[^`]*`|`[^`]*`_{0,2}|\*\*\S(?:[^*]*\S)?\*\*|(?<![\w*(])\*[^\s*](?:[^*]*[^\s*])?\*(?!\w)",
+    re.DOTALL,
 )
 SECTION = re.compile(r"(Args|Arguments|Attributes|Examples?|Notes?|Raises|References|Returns|See Also|Warns|Yields):$")
 ITEM = re.compile(r"([-*+•]|\(?\w{1,3}[.)]|\.\.|:\w+.*:)(\s|$)")
@@ -26,7 +27,7 @@ def escape(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    text = re.sub(r"(?<!\\)([|*])", r"\\\1", text)
+    text = re.sub(r"(?<!\\)\||(?<!\\)\*(?!\s)", r"\\\g<0>", text)  # a star before a space is a bullet or a product
     return re.sub(r"(?<=\w)_(?![\w`])", r"\\_", text)
 
 
@@ -34,38 +35,40 @@ def indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
+def opens_block(line: str, paragraph: str) -> bool:
+    """Whether an indented line after a paragraph is a formula, and not the rest of a list item."""
+    return indent(line) > indent(paragraph) and not ITEM.match(paragraph.strip())
+
+
 def rewrite(lines: list[str]) -> list[str]:
     out: list[str] = []
+    prose: list[str] = []  # lines of the paragraph we are in: markup may run over their ends
     literal = -1  # indentation that opened the literal block we are in
     doctest = in_section = False
-    for number, line in enumerate(lines):
+    paragraph = ""  # the last line with something on it
+    for line in lines:
         text = line.strip()
-        before = out[-1].strip() if out else ""
         if literal >= 0 and text and indent(line) <= literal:
             literal = -1
-        if not text:
-            doctest = False
-        elif text.startswith(">>>"):
-            doctest = True
-        if SECTION.match(text) and indent(line) == 0:
-            in_section = True
-        if literal >= 0 or doctest or not text or text[0] in "|+=" or text.startswith(".."):
+        doctest = bool(text) and (doctest or text.startswith(">>>"))
+        in_section = in_section or bool(SECTION.match(text) and indent(line) == 0)
+        verbatim = literal >= 0 or doctest or not text or text[0] in "|+=" or text.startswith("..")
+        if verbatim and prose:
+            out += escape("\n".join(prose)).split("\n")
+            prose = []
+        if verbatim:
             out.append(line)
             if text.startswith("..") and "::" in text and literal < 0:
                 literal = indent(line)
-            continue
-        paragraph = next((p for p in reversed(lines[:number]) if p.strip()), "")
-        opens = not before and out and indent(line) > indent(paragraph) and not in_section
-        if opens and not ITEM.match(paragraph.strip()):
+        elif out and not prose and not in_section and opens_block(line, paragraph):
             out += [" " * indent(paragraph) + "::", "", line]
             literal = indent(paragraph)
-            continue
-        bullet = re.match(r"\s*\*\s", line)
-        head = bullet.group() if bullet else ""
-        out.append(head + escape(line[len(head) :]))
-        if text.endswith("::"):
-            literal = indent(line)
-    return out
+        else:
+            prose.append(line)
+            if text.endswith("::"):
+                literal = indent(line)
+        paragraph = line if text else paragraph
+    return out + escape("\n".join(prose)).split("\n") if prose else out
 
 
 def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

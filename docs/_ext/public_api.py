@@ -15,9 +15,7 @@ TITLES = {  # module of the package -> title of its page, in the order of the pa
     "programs": "Programs: the families",
     "base": "Contracts: kinds, objectives, evidence",
     "objectives": "Objectives",
-    "batches": "Fitting",
     "fitting": "Fitting",
-    "results": "Fitting",
     "bayes": "Posteriors of the weights",
     "posteriors": "Posteriors of the weights",
     "evidence": "Evidence",
@@ -30,6 +28,9 @@ TITLES = {  # module of the package -> title of its page, in the order of the pa
     "datasets": "Data sets",
     "testing": "Checking a program",
 }
+
+# classes whose methods are not ours to tell
+OTHERS = "Module, ELBO, ELBOModule, Generic, Protocol, tuple, BaseException"
 
 
 def heading(text: str, line: str) -> list[str]:
@@ -49,7 +50,8 @@ def members(module: ModuleType) -> list[str]:
 
 def directive(path: str, obj: object) -> list[str]:
     if inspect.isclass(obj):
-        return [f".. autoclass:: {path}", "   :members:", "   :show-inheritance:", ""]
+        options = [":members:", f":inherited-members: {OTHERS}", ":exclude-members: module_class", ":show-inheritance:"]
+        return [f".. autoclass:: {path}", *(f"   {option}" for option in options), ""]
     return [f".. autofunction:: {path}" if callable(obj) else f".. autodata:: {path}", ""]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,21 @@ def as_batch(data: Any, program: Program | None = None, name: str = "data") -> t
     Raises:
         TypeError, ValueError: for anything that is not finite floating point rows, saying what to do.
     """
+    if isinstance(data, DataLoader):
+        raise TypeError(f"{name} is a DataLoader, and rows in memory are needed here: pass its Dataset, loader.dataset")
     if isinstance(data, Dataset):
         data = _stack(data, name)
     parts = data if isinstance(data, (tuple, list)) else (data,)
     if not len(parts):
-        raise ValueError(f"{name} is empty")
+        raise ValueError(f"{name} is empty: it has no rows, and at least one is needed")
+    if isinstance(data, list) and not all(isinstance(part, (Tensor, np.ndarray)) for part in data):
+        raise TypeError(f"{name} is a list of {type(data[0]).__name__}: torch.as_tensor({name}) makes a tensor of numbers")
     labels = ("x", "context") if program is not None else tuple(f"{name}[{i}]" for i in range(len(parts)))
     if program is not None and len(parts) > 2:
-        raise ValueError(f"{name} is a tensor x or a pair (x, context), got {len(parts)} parts")
+        raise ValueError(
+            f"{name} must be a tensor x or a pair (x, context), got {len(parts)} parts: torch.stack({name}) makes one "
+            "tensor of a list of rows"
+        )
     like = program.template() if program is not None else torch.empty(0)
     batch = tuple(_tensor(part, label, like) for part, label in zip(parts, labels, strict=False))
     if program is not None:
@@ -45,21 +53,23 @@ def as_batch(data: Any, program: Program | None = None, name: str = "data") -> t
         if len(set(sizes)) > 1:
             raise ValueError(f"the parts of {name} have {sizes} rows: they must agree")
         if sizes[0] == 0:
-            raise ValueError(f"{name} is empty: it has no rows")
+            raise ValueError(f"{name} is empty: it has no rows, and at least one is needed")
     return batch
 
 
 def _tensor(part: Any, label: str, like: Tensor) -> Tensor:
     if isinstance(part, np.ndarray):
-        if part.dtype.kind not in "fiub":
+        if part.dtype.kind not in "fiubc":
             raise TypeError(f"{label} is an array of dtype {part.dtype}: pass numbers, {label}.astype('float32')")
         part = torch.as_tensor(part)
         part = part.to(like.dtype) if part.dtype.is_floating_point else part
     if not isinstance(part, Tensor):
-        raise TypeError(
-            f"{label} must be a tensor, an array, a Dataset or a DataLoader, got {type(part).__name__}: "
-            f"torch.as_tensor({label}) makes a tensor of numbers"
-        )
+        hint = f"torch.as_tensor({label}) makes a tensor of numbers"
+        if isinstance(part, (str, Path)):
+            hint = f"pg.datasets.load({str(part)!r}) reads a file"
+        elif hasattr(part, "to_numpy"):
+            hint = f"pass {label}.to_numpy()"
+        raise TypeError(f"{label} must be a tensor or an array, got {type(part).__name__}: {hint}")
     if part.requires_grad:
         raise ValueError(f"{label} requires grad: data are constants here, pass {label}.detach()")
     return part
@@ -71,23 +81,32 @@ def _stack(data: Any, name: str) -> tuple[Any, ...]:
     if not hasattr(data, "__len__"):
         raise TypeError(f"{name} is an iterable Dataset without a length: wrap it in a DataLoader")
     if len(data) == 0:
-        raise ValueError(f"{name} is an empty Dataset")
+        raise ValueError(f"{name} is an empty Dataset: at least one row is needed")
     rows = [data[i] for i in range(len(data))]
     rows = [row if isinstance(row, (tuple, list)) else (row,) for row in rows]
     if not all(isinstance(part, (Tensor, np.ndarray)) for part in rows[0]):
         kinds = ", ".join(type(part).__name__ for part in rows[0])
-        raise TypeError(f"{name} gives rows of {kinds}: a Dataset gives a tensor, or a tuple of tensors, a row")
+        raise TypeError(
+            f"{name} gives rows of {kinds}: a Dataset must give a tensor, or a tuple of tensors, a row; for others wrap it "
+            "in a DataLoader with a collate_fn that makes tensors"
+        )
+    shapes = [[tuple(part.shape) for part in row] for row in rows]
+    odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if odd is not None:
+        raise ValueError(f"{name} gives rows of unequal shapes, {shapes[0]} and, in row {odd}, {shapes[odd]}: pad or crop them")
     return tuple(torch.stack([torch.as_tensor(row[i]) for row in rows]) for i in range(len(rows[0])))
 
 
 def split(batch: tuple[Tensor, ...], fraction: float, seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Split rows at random into training and validation parts; the second holds ``fraction`` of them."""
     if isinstance(fraction, bool) or not 0 < fraction < 1:
-        raise ValueError(f"validation as a fraction must lie between 0 and 1, got {fraction!r}")
+        raise ValueError(
+            f"validation as a fraction must lie between 0 and 1, got {fraction!r}: 0.1 holds out a tenth of the rows"
+        )
     rows = batch[0].shape[0]
     held = round(rows * fraction)
     if not 0 < held < rows:
-        raise ValueError(f"validation={fraction} of {rows} rows leaves one side empty")
+        raise ValueError(f"validation={fraction} of {rows} rows leaves one side empty: give more rows or another fraction")
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).to(batch[0].device)
     return tuple(p[order[held:]] for p in batch), tuple(p[order[:held]] for p in batch)
 
@@ -124,12 +143,17 @@ class Batches:
                     "the DataLoader's Dataset needs a length: a loss estimates a total over all rows"
                 ) from error
             if not self.rows or not self.per_epoch:
-                raise ValueError("the DataLoader yields nothing: its Dataset is empty, or shorter than one batch")
+                raise ValueError(
+                    f"the DataLoader yields nothing: its Dataset has {self.rows} rows, less than one batch; give it more "
+                    "rows, a smaller batch_size, or drop_last=False"
+                )
             return
         self.loader, self.rows = None, data[0].shape[0]
         size = batch_size if batch_size is not None else (self.rows if self.rows <= 512 else 256)
         if check_count(size, "batch_size") > self.rows:
-            raise ValueError(f"batch_size={size} is more than the {self.rows} rows of the data")
+            raise ValueError(
+                f"batch_size={size} is more than the {self.rows} rows of the data: leave it out, or take {self.rows} or less"
+            )
         self.size = size
         self.data = tuple(part.to(device) for part in data)
         self.per_epoch = self.rows // size
@@ -167,6 +191,7 @@ class Batches:
     def _load(self) -> Iterator[tuple[Tensor, ...]]:
         assert self.loader is not None
         given = 0
+        first: list[Any] = []
         for item in self.loader:
             parts = item if isinstance(item, (tuple, list)) else (item,)
             if not parts or not all(isinstance(part, Tensor) for part in parts):
@@ -175,7 +200,13 @@ class Batches:
                     f"the DataLoader yields {kind}: it must yield a tensor, or a tuple of tensors with x first "
                     "(a collate_fn can turn a dict into one)"
                 )
+            kinds = [(tuple(part.shape[1:]), part.dtype) for part in parts]
+            first = first or kinds
+            if kinds != first:
+                raise ValueError(
+                    f"batch {given} of the DataLoader has rows of {kinds}, the first had {first}: make them equal"
+                )
             given += 1
             yield tuple(part.to(self.device) for part in parts)
         if not given:
-            raise ValueError("the DataLoader yields nothing")
+            raise ValueError("the DataLoader yields nothing: it has a length, but gave no batch")

@@ -305,7 +305,7 @@ class _Run:
                 self.compile, self.compiled = False, None
         if self.compiled is not None:
             return self.compiled(batch, self.total, self.divisor)
-        with pyro.validation_enabled(True if not self.step else torch.distributions.Distribution._validate_args):
+        with pyro.validation_enabled(self.step == 0):  # later steps are watched by the guard, eager or compiled
             return eager_step(self.module, batch, self.total, self.divisor)
 
     @torch.no_grad()

@@ -106,11 +106,12 @@ def elpd_data(pointwise: xr.DataArray, pareto_k: xr.DataArray | None, good_k: fl
         warning=bool(tail is not None and (tail > good_k).any()),
         good_k=good_k,
         elpd_i=pointwise,
-        pareto_k=pareto_k if pareto_k is not None else pointwise.copy(data=np.full(pointwise.shape, np.nan)),
+        pareto_k=pareto_k,
     )
     if major() == 0:
         named = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
-        order = "elpd se p n_samples n_data_points warning elpd_i scale pareto_k good_k".split()
+        order = [n for n in "elpd se p n_samples n_data_points warning elpd_i scale pareto_k good_k".split()
+                 if numbers[n] is not None]
         return arviz_function("ELPDData")(
             data=[numbers[n] for n in order], index=[named.get(n, n) for n in order], dtype=object
         )
