@@ -172,8 +172,10 @@ class Program(nn.Module):
                 raise ValueError(
                     f"x has {batch[0].shape[0]} rows and context has {batch[1].shape[0]}: each row of x needs its own"
                 )
-        like = self.template()
+        like = self._own_tensor()
         for name, part in zip(("x", "context"), batch, strict=False):
+            if like is None:  # nothing of its own: it takes data as they come
+                break
             if part.dtype != like.dtype:
                 raise TypeError(
                     f"{name} is {part.dtype} and the program {like.dtype}: pass {name}.to({like.dtype}), or "
@@ -190,11 +192,12 @@ class Program(nn.Module):
         """Refuse data on which the fit has no maximum; families override it."""
 
     def template(self) -> Tensor:
-        """An empty tensor with the device and dtype of the program's parameters."""
-        for tensor in (*self.parameters(), *self.buffers()):
-            if tensor.dtype.is_floating_point:
-                return torch.empty(0, device=tensor.device, dtype=tensor.dtype)
-        return torch.empty(0)
+        """An empty tensor with the device and dtype of the program's parameters, or of torch's defaults."""
+        own = self._own_tensor()
+        return torch.empty(0) if own is None else torch.empty(0, device=own.device, dtype=own.dtype)
+
+    def _own_tensor(self) -> Tensor | None:
+        return next((t for t in (*self.parameters(), *self.buffers()) if t.dtype.is_floating_point), None)
 
 
 class Samples(Program):
@@ -665,8 +668,6 @@ class Divergence(ArithmeticError):
         result: the `FitResult` up to there, to be looked at or saved; None outside of `fit`.
     """
 
-    def __init__(
-        self, message: str, step: int, parameters: list[str], rows: list[int], result: Any = None
-    ) -> None:
+    def __init__(self, message: str, step: int, parameters: list[str], rows: list[int], result: Any = None) -> None:
         super().__init__(message)
         self.step, self.parameters, self.rows, self.result = step, parameters, rows, result

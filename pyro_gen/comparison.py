@@ -1,11 +1,11 @@
 r"""Which model predicts better? ArviZ's comparison, where what is compared may be compared.
 
-Models are scored by their expected log pointwise predictive density, :math:`\sum_n \log p(x_n)` over rows that took no
-part in the fit: rows held out, or left out one at a time by PSIS-LOO of a posterior. ArviZ's table subtracts such scores
-row by row and knows neither where they come from nor what they are. An ELBO is no log p(x), an unnormalised density
-less so, and a table that mixes them ranks how tight the bounds are. So the kind of every score goes with it
-(`Evidence.kind`, or the attribute ``kind`` of the group), exact values and estimates stand side by side, bounds only on
-demand, the rest not at all.
+Models are scored by their expected log pointwise predictive density, :math:`\sum_n \log p(x_n)` over rows that took
+no part in the fit: rows held out, or left out one at a time by PSIS-LOO of a posterior. ArviZ's table subtracts such
+scores row by row and knows neither where they come from nor what they are. An ELBO is no log p(x), an unnormalised
+density less so, and a table that mixes them ranks how tight the bounds are. So the kind of every score goes with it
+(`Evidence.kind`, or the attribute ``kind`` of the group): exact values and estimates stand side by side, bounds only
+on demand, the rest not at all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pyro_gen.inference_data.containers import arviz_function, elpd_data, major,
 from pyro_gen.inference_data.variables import plain, to_array
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pandas as pd  # type: ignore[import-untyped, unused-ignore]
 
 __all__ = ["compare", "to_elpd"]
 
@@ -79,14 +79,16 @@ def to_elpd(source: Any) -> Any:
     group = _group(source, "log_evidence")
     if group is None:
         raise TypeError(
-            f"to_elpd takes an Evidence, or the result of to_inference_data with a group log_evidence; got {describe(source)}"
+            "to_elpd takes an Evidence, or the result of to_inference_data with a group log_evidence; got "
+            f"{describe(source)}"
         )
     (name,) = (n for n in group.data_vars if "chain" in group[n].dims)
     values = torch.as_tensor(np.asarray(group[name].isel(chain=0, draw=0).values).ravel())
-    extra = {
-        n: torch.as_tensor(np.asarray(group[n].values)) for n in ("standard_error", "pareto_k") if n in group.data_vars
-    }
-    return to_elpd(Evidence(values, group[name].attrs["kind"], **extra))
+    error, tail = (
+        torch.as_tensor(np.asarray(group[n].values)) if n in group.data_vars else None
+        for n in ("standard_error", "pareto_k")
+    )
+    return to_elpd(Evidence(values, group[name].attrs["kind"], error, pareto_k=tail))
 
 
 def compare(
@@ -160,8 +162,8 @@ def _score(name: str, result: Any, var_name: str | None) -> _Score:
     pointwise = pointwise_of(elpd)
     if pointwise is None:
         raise TypeError(
-            f"{name!r} is {describe(result)}: compare takes an Evidence of held-out rows, the result of to_inference_data, "
-            "or an ELPDData with its pointwise values (az.loo(..., pointwise=True))"
+            f"{name!r} is {describe(result)}: compare takes an Evidence of held-out rows, the result of "
+            "to_inference_data, or an ELPDData with its pointwise values (az.loo(..., pointwise=True))"
         )
     kind = pointwise.attrs.get("kind")
     mc_se = 0.0 if kind == "exact" else pointwise.attrs.get("mc_se", float("nan"))
@@ -194,14 +196,11 @@ def _check_rows(scores: Mapping[str, _Score]) -> None:
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{n!r} {size}" for n, size in sizes.items())
         raise ValueError(f"the models are scored on different numbers of rows ({listed}): score the same rows")
-    first: tuple[str, Any] | None = None
-    for name, score in scores.items():
-        if score.observed is None:
-            continue
-        if first is not None and first[1].shape == score.observed.shape:
-            if not np.array_equal(first[1], score.observed, equal_nan=first[1].dtype.kind == "f"):
-                raise ValueError(
-                    f"{first[0]!r} and {name!r} were given different data (observed_data): their densities are in other "
-                    "units or of other rows. A transformed model needs its log-Jacobian added, log |dy/dx| a row"
-                )
-        first = first or (name, score.observed)
+    given = [(n, s.observed) for n, s in scores.items() if s.observed is not None]
+    for name, values in given[1:]:
+        first, expected = given[0]
+        if values.shape == expected.shape and not np.allclose(values, expected, rtol=1e-6, atol=0.0, equal_nan=True):
+            raise ValueError(
+                f"{first!r} and {name!r} were given different data (observed_data): their densities are of other rows or "
+                "in other units. A transformed model needs its log-Jacobian added, log |dy/dx| a row"
+            )

@@ -17,9 +17,9 @@ Everything is read off the traces of model and guide, so it holds for any pair w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pyro.poutine as poutine
 import torch
@@ -43,7 +43,8 @@ __all__ = ["ActiveUnits", "LatentKL", "active_units", "kl_per_dimension", "poste
 ROWS = 1024  # at a time
 
 
-class ActiveUnits(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ActiveUnits:
     """Result of :func:`active_units`.
 
     Attributes:
@@ -55,7 +56,8 @@ class ActiveUnits(NamedTuple):
     variance: Tensor
 
 
-class LatentKL(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class LatentKL:
     """Result of :func:`kl_per_dimension`; nats a row, means over rows.
 
     Attributes:
@@ -73,9 +75,7 @@ class LatentKL(NamedTuple):
     kind: Literal["exact", "estimate"]
 
 
-def posterior_means(
-    program: Program, x: Tensor, context: Tensor | None = None, *, site: str | None = None
-) -> Tensor:
+def posterior_means(program: Program, x: Tensor, context: Tensor | None = None, *, site: str | None = None) -> Tensor:
     r"""Mean of the guide's latent for each row, :math:`E_{q(z \mid x_n)}[z]`.
 
     Args:
@@ -218,28 +218,74 @@ class _Mean:
         return draws.mean(0), draws.std(0) / math.sqrt(len(draws))
 
 
-def _latents(
-    program: Program, x: Tensor, context: Tensor | None, site: str | None
-) -> Iterator[tuple[Distribution, Distribution]]:
-    """Guide's and model's distribution of the latent, for some rows at a time."""
+def _latents(program: Program, x: Tensor, context: Tensor | None, site: str | None) -> list[tuple[Any, Any]]:
+    """The guide's and the model's distribution of the latent, for ``ROWS`` rows at a time; leaves no trace."""
     if not isinstance(program, Bounded):
-        raise TypeError(f"latents are looked at through a guide, and {describe(program)} has none")
+        raise TypeError(
+            f"latents are looked at through a guide, and {describe(program)} has none: it is no Bounded program"
+        )
     batch = program.check(x, context)
-    with torch.no_grad(), handlers.evaluation_mode(program), handlers.preserved_state(program.model, program.guide):
-        pass
-    for start in range(0, len(x), ROWS):
-        rows = tuple(part[start : start + ROWS] for part in batch)
-        yield _latent_pair(program, rows, site)
+    parts = [tuple(part[start : start + ROWS] for part in batch) for start in range(0, len(x), ROWS)]
+    pair = program.model, program.guide
+    with torch.no_grad(), poutine.block(), handlers.evaluation_mode(program), handlers.preserved_state(*pair):
+        shape, _ = handlers.structure(*pair, *parts[0])
+        name = _choose(shape, site, describe(program))
+        found = []
+        for rows in parts:
+            guided, modelled = (
+                handlers.sample_sites(trace)[name]["fn"] for trace in handlers.pair_traces(*pair, *rows)
+            )
+            found.append((guided, modelled))
+        return found
 
 
-def _latent_pair(program: Bounded, rows: tuple[Tensor, ...], site: str | None) -> tuple[Distribution, Distribution]:
-    with torch.no_grad(), poutine.block(), handlers.evaluation_mode(program):
-        shape, _ = handlers.structure(program.model, program.guide, *rows)
-        handlers.require_local(shape, "latents")
-    raise NotImplementedError
+def _choose(shape: handlers.Structure, site: str | None, program: str) -> str:
+    local = [name for name in shape.guide_latents if name not in shape.global_sites and name in shape.model_latents]
+    if shape.data_plate is None or shape.data_dim != -1 or not local:
+        raise TypeError(f"{program} has no latent inside a plate over its rows, so no row has a posterior of its own")
+    if site is None and len(local) == 1:
+        return local[0]
+    if site not in local:
+        given = "" if site is None else f", got {site!r}"
+        raise ValueError(f"site must name one of the latents {', '.join(map(repr, local))}{given}")
+    return site
 
 
 def _inner(d: Any) -> Any:
     while isinstance(d, Independent):
         d = d.base_dist
+    return d
+
+
+def _marginals(d: Any, role: str) -> Any:
+    """The distribution of every single dimension: of batch shape (rows, ...), one latent's shape behind the rows."""
+    if isinstance(d, MixtureSameFamily):
+        parts = _marginals(d.component_distribution, role)
+        if not isinstance(parts, Normal):
+            raise _unknown_marginals(d, role)
+        last = d.event_shape.numel() and len(d.event_shape)
+        components = parts.batch_shape[d.mixture_distribution.logits.dim() - 1]
+        loc, scale = (t.movedim(-1 - last, -1) for t in (parts.loc, parts.scale))
+        logits = d.mixture_distribution.logits.reshape(*d.batch_shape, *[1] * last, components)
+        return MixtureSameFamily(Categorical(logits=logits.expand(loc.shape)), Normal(loc, scale))
+    base = _inner(d)
+    if isinstance(base, (MultivariateNormal, LowRankMultivariateNormal)):
+        return Normal(base.mean, base.variance.sqrt())
+    if base.event_shape:
+        raise _unknown_marginals(d, role)
+    return base
+
+
+def _unknown_marginals(d: Any, role: str) -> TypeError:
+    return TypeError(
+        f"the {role} is a {type(_inner(d)).__name__}, whose single dimensions have no density of their own that is known; "
+        "known are independent dimensions, multivariate normals and mixtures of normals"
+    )
+
+
+def _as_multivariate(d: Any) -> Any:
+    """Independent normals as one multivariate normal, whose KL from another is a closed form; others as they are."""
+    base = _inner(d)
+    if isinstance(base, Normal) and len(d.event_shape) == 1:
+        return MultivariateNormal(base.loc, scale_tril=torch.diag_embed(base.scale))
     return d

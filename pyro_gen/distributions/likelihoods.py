@@ -106,10 +106,16 @@ class Normal(Likelihood):
         return dist.Normal(loc, noise.expand(loc.shape)).to_event(len(self.event_shape))
 
     def check_training(self, x: Tensor) -> None:
-        if self.scale not in ("feature", "predicted"):
+        if self.scale not in ("shared", "feature", "predicted"):
             return
         columns = x.reshape(x.shape[0], -1)
         constant = (columns == columns[:1]).all(0).nonzero().flatten().tolist()
+        if self.scale == "shared":
+            if len(constant) == columns.shape[1]:
+                raise ValueError(
+                    "all rows of x are equal: with a learnt noise scale the likelihood has no maximum. Use scale=1.0"
+                )
+            return
         if constant:
             shown = ", ".join(map(str, constant[:8])) + (", …" if len(constant) > 8 else "")
             raise ValueError(

@@ -32,7 +32,9 @@ def as_batch(data: Any, program: Program | None = None, name: str = "data") -> t
     if not len(parts):
         raise ValueError(f"{name} is empty: it has no rows, and at least one is needed")
     if isinstance(data, list) and not all(isinstance(part, (Tensor, np.ndarray)) for part in data):
-        raise TypeError(f"{name} is a list of {type(data[0]).__name__}: torch.as_tensor({name}) makes a tensor of numbers")
+        raise TypeError(
+            f"{name} is a list of {type(data[0]).__name__}: torch.as_tensor({name}) makes a tensor of numbers"
+        )
     labels = ("x", "context") if program is not None else tuple(f"{name}[{i}]" for i in range(len(parts)))
     if program is not None and len(parts) > 2:
         raise ValueError(
@@ -79,7 +81,9 @@ def _stack(data: Any, name: str) -> tuple[Any, ...]:
     if hasattr(data, "tensors"):
         return tuple(data.tensors)
     if not hasattr(data, "__len__"):
-        raise TypeError(f"{name} is an iterable Dataset without a length: wrap it in a DataLoader")
+        raise TypeError(
+            f"{name} is a Dataset without a length, and a loss estimates a total over all rows: add __len__"
+        )
     if len(data) == 0:
         raise ValueError(f"{name} is an empty Dataset: at least one row is needed")
     rows = [data[i] for i in range(len(data))]
@@ -87,13 +91,15 @@ def _stack(data: Any, name: str) -> tuple[Any, ...]:
     if not all(isinstance(part, (Tensor, np.ndarray)) for part in rows[0]):
         kinds = ", ".join(type(part).__name__ for part in rows[0])
         raise TypeError(
-            f"{name} gives rows of {kinds}: a Dataset must give a tensor, or a tuple of tensors, a row; for others wrap it "
-            "in a DataLoader with a collate_fn that makes tensors"
+            f"{name} gives rows of {kinds}: a Dataset must give a tensor, or a tuple of tensors, a row; for "
+            "others wrap it in a DataLoader with a collate_fn that makes tensors"
         )
     shapes = [[tuple(part.shape) for part in row] for row in rows]
     odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
     if odd is not None:
-        raise ValueError(f"{name} gives rows of unequal shapes, {shapes[0]} and, in row {odd}, {shapes[odd]}: pad or crop them")
+        raise ValueError(
+            f"{name} gives rows of unequal shapes, {shapes[0]} and, in row {odd}, {shapes[odd]}: pad or crop them"
+        )
     return tuple(torch.stack([torch.as_tensor(row[i]) for row in rows]) for i in range(len(rows[0])))
 
 
@@ -106,7 +112,9 @@ def split(batch: tuple[Tensor, ...], fraction: float, seed: int) -> tuple[tuple[
     rows = batch[0].shape[0]
     held = round(rows * fraction)
     if not 0 < held < rows:
-        raise ValueError(f"validation={fraction} of {rows} rows leaves one side empty: give more rows or another fraction")
+        raise ValueError(
+            f"validation={fraction} of {rows} rows leaves one side empty: give more rows or another fraction"
+        )
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).to(batch[0].device)
     return tuple(p[order[held:]] for p in batch), tuple(p[order[:held]] for p in batch)
 
@@ -140,19 +148,20 @@ class Batches:
                 self.rows, self.per_epoch = len(data.dataset), len(data)  # type: ignore[arg-type]
             except TypeError as error:
                 raise TypeError(
-                    "the DataLoader's Dataset needs a length: a loss estimates a total over all rows"
+                    "the DataLoader's Dataset has no length, and a loss estimates a total over all rows: add __len__"
                 ) from error
             if not self.rows or not self.per_epoch:
                 raise ValueError(
-                    f"the DataLoader yields nothing: its Dataset has {self.rows} rows, less than one batch; give it more "
-                    "rows, a smaller batch_size, or drop_last=False"
+                    f"the DataLoader yields nothing: its Dataset has {self.rows} rows, less than one batch; give it "
+                    "more rows, a smaller batch_size, or drop_last=False"
                 )
             return
         self.loader, self.rows = None, data[0].shape[0]
         size = batch_size if batch_size is not None else (self.rows if self.rows <= 512 else 256)
         if check_count(size, "batch_size") > self.rows:
             raise ValueError(
-                f"batch_size={size} is more than the {self.rows} rows of the data: leave it out, or take {self.rows} or less"
+                f"batch_size={size} is more than the {self.rows} rows of the data: leave it out, or take "
+                f"{self.rows} or less"
             )
         self.size = size
         self.data = tuple(part.to(device) for part in data)

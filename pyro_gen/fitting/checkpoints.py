@@ -36,7 +36,9 @@ class Checkpoint:
             self._part.touch()
             self._part.unlink()
         except OSError as error:
-            raise ValueError(f"checkpoint={str(path)!r} cannot be written ({error.strerror}): name another file") from error
+            raise ValueError(
+                f"checkpoint={str(path)!r} cannot be written ({error.strerror}): name another file"
+            ) from error
 
     @property
     def _part(self) -> Path:
@@ -70,5 +72,5 @@ def checksum(batch: tuple[Tensor, ...]) -> int:
     """A number that tells data sets apart: CRC-32 of the bytes."""
     total = 0
     for part in batch:
-        total = zlib.crc32(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, total)
     return total

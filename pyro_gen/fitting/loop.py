@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +29,7 @@ from pyro_gen.base import SIGNS, Divergence, ObjectiveModule, Program, check_cou
 from pyro_gen.compiled import CannotCompile, CompiledStep, eager_step, why_not
 from pyro_gen.fitting.averaging import Average
 from pyro_gen.fitting.batches import Batches, as_batch, split
-from pyro_gen.fitting.checkpoints import Checkpoint
+from pyro_gen.fitting.checkpoints import Checkpoint, checksum
 from pyro_gen.fitting.progress import Progress
 from pyro_gen.fitting.results import FitResult, History
 from pyro_gen.handlers import forked_generators, preserved_state
@@ -40,7 +42,7 @@ COMPILE_FROM = 5000
 """Steps from which ``compile="auto"`` compiles: about where a few seconds of compiling are won back on small models.
 A count and not a clock, so that the same call gives the same weights on every machine."""
 
-SNAPSHOT_EVERY = 50
+SNAPSHOT_EVERY = 10  # steps between copies of the weights, one of which a diverging run goes back to
 VALIDATION_ROWS = 2048
 
 Factory = Callable[..., Optimizer]
@@ -105,14 +107,21 @@ def fit(
         Divergence: if loss or gradient is not finite; the module then holds its last good state.
     """
     if not isinstance(module, ObjectiveModule):
-        hint = f"bind it to an objective first, pg.ELBO()({describe(module)})" if isinstance(module, Program) else ""
-        raise TypeError(f"fit takes an objective bound to a program, pg.ELBO()(program), got {describe(module)} {hint}")
+        hint = ": bind it to an objective first, pg.ELBO()(program)" if isinstance(module, Program) else ""
+        raise TypeError(f"fit takes an objective bound to a program, pg.ELBO()(program), got {describe(module)}{hint}")
     _check_numbers(steps, epochs, lr, clip_norm, patience, validate_every, checkpoint_every, seed)
+    if validation is None and (patience is not None or validate_every is not None):
+        name = "patience" if patience is not None else "validate_every"
+        raise ValueError(f"{name}= needs validation=: a fraction such as 0.1, or rows held out")
     if compile not in (True, False, "auto"):
-        raise ValueError(f"compile must be True, False or 'auto', got {compile!r}")
+        raise ValueError(f"compile must be True, False or 'auto', got {describe(compile)}")
+    if progress not in (True, False, None):
+        raise ValueError(f"progress must be True, False or None, got {describe(progress)}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable as callback(step, values), got {describe(callback)}")
+    where = _home(module, data) if device is None else _named(device)
     if device is not None:
-        module.to(torch.device(_auto(device)))
-    where = _device(module) if device is None else torch.device(_auto(device))
+        module.to(where)
     program = module.program
 
     if seed is None:
@@ -130,23 +139,33 @@ def fit(
             source, held = split(source, validation, seed)
         if program is not None:
             if source[0].shape[0] < 2:
-                raise ValueError("data have one row: a distribution is not learnt from a single datum")
+                raise ValueError(
+                    "data have one row to train on, and a distribution is not learnt from it: give more rows"
+                )
             program.check_training(source[0])
     if validation is not None and held is None:
-        held = tuple(p.to(where) for p in as_batch(_moved(validation, where), program, "validation"))
+        try:
+            held = tuple(p.to(where) for p in as_batch(_moved(validation, where), program, "validation"))
+        except (TypeError, ValueError) as error:
+            where_from = "" if str(error).startswith("validation") else "in validation=: "
+            raise type(error)(f"{where_from}{error}") from error
 
     batches = Batches(source, batch_size, seed, where)
     if steps is None:
         assert epochs is not None
         steps = epochs * batches.per_epoch
     run = _Run(module, batches, held, steps, seed, clip_norm, compile)
-    run.config.update(lr=lr, validate_every=validate_every, patience=patience, average=average, device=str(where))
+    run.config.update(
+        lr=lr, schedule=_name(schedule), optimizer=_name(optimizer) or "Adam", clip_norm=clip_norm, average=average,
+        validation_rows=None if held is None else len(held[0]), validate_every=validate_every, patience=patience,
+        device=str(where),
+    )  # fmt: skip
     training = {m: m.training for m in module.modules()}
     module.train()
     try:
         with forked_generators(seed), Progress(steps, progress, run.sign) as bar:
             run.start(optimizer, lr, schedule, average, program)
-            saved = None if checkpoint is None else Checkpoint(checkpoint, run.fingerprint(lr))
+            saved = None if checkpoint is None else Checkpoint(checkpoint, run.fingerprint())
             try:
                 run.go(bar, callback, validate_every or max(1, steps // 40), patience, saved, checkpoint_every)
             finally:
@@ -174,6 +193,10 @@ class _Run:
         self.clip_norm, self.compile = clip_norm, compile
         self.history = History()
         self.step = 0
+        self.whole = True  # False within a step, whose state no checkpoint may keep
+        self.finished = False  # stopped early: a resumed run has nothing left to do
+        self.looked = False  # whether a step was run with validation on
+        self.suspect: ValueError | None = None  # what validation said of the first batch, to be judged by its loss
         self.best: tuple[float, int, list[Tensor]] | None = None
         self.stopped_at: int | None = None
         self.seconds = 0.0
@@ -205,8 +228,13 @@ class _Run:
             self.stream = _chain(self.first, self.stream)
         if program is not None:
             program.check(*self.first)
-        with pyro.validation_enabled(True):
-            module.prepare(*self.first)
+        try:
+            with pyro.validation_enabled(True):
+                module.prepare(*self.first)
+        except ValueError as error:  # a program that is wrong fails once more; one that gives NaN is a divergence
+            with pyro.validation_enabled(False):
+                module.prepare(*self.first)
+            self.suspect = error
         assert module.structure is not None
         # a program without a plate over rows estimates its own total, and cannot be given part of the rows
         self.total = self.batches.rows if module.structure.data_plate is not None or not self.batches.full else None
@@ -225,12 +253,15 @@ class _Run:
         self.schedulers = [_scheduler(schedule, o, self.steps) for o in self.optimizers] if schedule else []
         if average is not None:
             self.average = Average(self.tensors, average, self.steps // 2)
-        self.good = [t.detach().clone() for t in self.tensors]
+        self.good_step, self.good = 0, [t.detach().clone() for t in (*self.tensors, *self.buffers)]
 
-    def fingerprint(self, lr: float) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that goes on from it."""
+        places = ("compile", "device", "torch", "pyro")  # may change: the results stay the same, to rounding
+        asked = {name: value for name, value in self.config.items() if name not in places}
         shapes = [list(t.shape) for t in self.tensors]
-        return {"objective": self.config["objective"], "rows": self.batches.rows, "seed": self.seed, "lr": lr,
-                "batch_size": self.config["batch_size"], "steps": self.steps, "parameters": shapes}  # fmt: skip
+        data = None if self.batches.loader is not None else checksum((*self.batches.data, *(self.held or ())))
+        return {**asked, "parameters": shapes, "data": data}
 
     def go(
         self,
@@ -246,14 +277,19 @@ class _Run:
         every = checkpoint_every or max(1, self.steps // 20)
         begun = time.perf_counter() - self.seconds
         names = [f"loss.{i}" for i in range(len(self.optimizers))] if len(self.optimizers) > 1 else ["loss"]
-        try:
-            while self.step < self.steps:
+        with interrupts_held() as interrupted, self.kept_when_interrupted(saved):
+            while self.step < self.steps and not self.finished:
+                if interrupted:
+                    raise KeyboardInterrupt
+                self.whole = False
                 batch = next(self.stream)
                 noise = torch.get_rng_state()
                 evaluated = self.evaluate(batch)
                 *losses, square = evaluated.tolist()
                 if not (math.isfinite(square) and all(map(math.isfinite, losses))):
                     raise self.diverged(batch, losses, noise)
+                if self.step % SNAPSHOT_EVERY == 0:  # of weights whose loss and gradient are known to be finite
+                    self.keep()
                 norm = math.sqrt(square)
                 if self.clip_norm is not None and norm > self.clip_norm:
                     torch._foreach_mul_([t.grad for t in self.tensors if t.grad is not None], self.clip_norm / norm)
@@ -265,8 +301,6 @@ class _Run:
                 self.step += 1
                 if self.average is not None:
                     self.average.update(self.step)
-                if self.step % SNAPSHOT_EVERY == 0:
-                    self.keep()
                 self.seconds = time.perf_counter() - begun
                 values = dict(zip(names, losses, strict=True))
                 self.history.append(**values, grad_norm=norm, lr=lr, seconds=self.seconds)
@@ -276,37 +310,68 @@ class _Run:
                     bar.update(
                         self.step, losses[0], self.history.validation[-1][1] if self.history.validation else None
                     )
-                if saved is not None and (self.step % every == 0 or self.step == self.steps):
-                    saved.write(self.state())
+                self.finished = patience is not None and self.waited() >= patience
+                self.whole = True
+                if saved is not None and (self.step % every == 0 or self.step == self.steps or self.finished):
+                    self.save(saved)
                 stop = callback is not None and callback(self.step, {**values, "grad_norm": norm, "lr": lr}) is True
-                if stop or (patience is not None and self.waited() >= patience):
+                if stop or self.finished:
                     self.stopped_at = self.step
                     break
+            if interrupted:
+                raise KeyboardInterrupt
+
+    @contextmanager
+    def kept_when_interrupted(self, saved: Checkpoint | None) -> Iterator[None]:
+        try:
+            yield
         except KeyboardInterrupt:
             self.stopped_at = self.step
-            if saved is not None:
-                saved.write(self.state())
+            if saved is not None and self.whole:
+                self.save(saved)
             raise
+
+    def save(self, saved: Checkpoint) -> None:
+        """Write a checkpoint, unless the weights are beyond repair: the next step will say so."""
+        if all(bool(torch.isfinite(t).all()) for t in self.tensors):
+            saved.write(self.state())
 
     def evaluate(self, batch: tuple[Tensor, ...]) -> Tensor:
         """Losses and squared gradient norm of a batch; gradients into ``.grad``."""
+        if self.compiled is not None:
+            return self.compiled(batch, self.total, self.divisor)
+        if self.looked:  # later steps are watched by the guard, eager or compiled
+            with pyro.validation_enabled(False):
+                return eager_step(self.module, batch, self.total, self.divisor)
+        self.looked = True
+        try:
+            if self.suspect is not None:
+                raise self.suspect
+            with pyro.validation_enabled(True):
+                return self.first_step(batch)
+        except (ValueError, CannotCompile):
+            with pyro.validation_enabled(False):
+                evaluated = eager_step(self.module, batch, self.total, self.divisor)
+            if bool(torch.isfinite(evaluated).all()):
+                raise
+            return evaluated
+
+    def first_step(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """An eager step, which is compiled for those to come if that is wanted."""
         wanted = self.compile is True or (self.compile == "auto" and self.steps >= COMPILE_FROM)
-        if wanted and self.compiled is None:
+        if wanted:
             try:
                 if (reason := why_not(self.module)) is not None:
                     raise CannotCompile(reason)
-                self.compiled = CompiledStep(self.module)
-                with pyro.validation_enabled(True):
-                    return self.compiled(batch, self.total, self.divisor)
+                compiled = CompiledStep(self.module)
+                evaluated = compiled(batch, self.total, self.divisor)
+                self.compiled = compiled
+                return evaluated
             except CannotCompile as error:
                 if self.compile is True:
                     raise CannotCompile(f"compile=True, but this loss does not compile: {error}") from error
                 logger.warning("pyro_gen: eager steps, as this loss does not compile: %s", error)
-                self.compile, self.compiled = False, None
-        if self.compiled is not None:
-            return self.compiled(batch, self.total, self.divisor)
-        with pyro.validation_enabled(self.step == 0):  # later steps are watched by the guard, eager or compiled
-            return eager_step(self.module, batch, self.total, self.divisor)
+        return eager_step(self.module, batch, self.total, self.divisor)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -334,7 +399,8 @@ class _Run:
 
     @torch.no_grad()
     def keep(self) -> None:
-        torch._foreach_copy_(self.good, [t.detach() for t in self.tensors])
+        torch._foreach_copy_(self.good, [t.detach() for t in (*self.tensors, *self.buffers)])
+        self.good_step = self.step
 
     @torch.no_grad()
     def diverged(self, batch: tuple[Tensor, ...], losses: list[float], noise: Tensor) -> Divergence:
@@ -357,21 +423,21 @@ class _Run:
             rows = (~torch.isfinite(each)).nonzero().flatten().tolist()
             if self.batches.indices is not None:
                 rows = self.batches.indices[rows].tolist()
-        where = self.step
-        if not all(bool(torch.isfinite(t).all()) for t in self.tensors):
-            where = self.step - self.step % SNAPSHOT_EVERY
-            torch._foreach_copy_([t.detach() for t in self.tensors], self.good)
+        torch._foreach_copy_([t.detach() for t in (*self.tensors, *self.buffers)], self.good)
+        known = self.batches.full or self.batches.indices is not None
         what = "loss" if not all(map(math.isfinite, losses)) else "gradient"
         shown = ", ".join(map(repr, bad[:3])) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        shown_rows = f"{rows[:5]} and {len(rows) - 5} more" if len(rows) > 5 else f"{rows}"
         message = (
             f"the {what} is not finite at step {self.step}"
             + (f", in the gradient of {shown}" if bad else "")
-            + (f", at rows {rows[:5]}{' …' if len(rows) > 5 else ''} of the data" if rows else "")
-            + f". The module holds its state after step {where}. "
+            + (f", at rows {shown_rows} of the {'data' if known else 'batch'}" if rows else "")
+            + f". The module holds its state after {self.good_step} steps. "
             "A smaller lr=, clip_norm=, or data of unit scale often help"
         )
         self.best = self.average = None
-        return Divergence(message, self.step, bad, rows)
+        self.stopped_at = self.step
+        return Divergence(message, self.step, bad, rows, self.result())
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -393,6 +459,7 @@ class _Run:
         """All of it, for a checkpoint."""
         return {
             "step": self.step,
+            "finished": self.finished,
             "tensors": [t.detach() for t in self.tensors],
             "buffers": self.buffers,
             "optimizers": [o.state_dict() for o in self.optimizers],
@@ -422,7 +489,8 @@ class _Run:
         if self.batches.loader is None:
             self.batches.resume(state["batches"])
             self.stream = iter(self.batches)
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.finished = state["step"], state["seconds"], state["finished"]
+        self.stopped_at = self.step if self.finished else None
         self.history = History(state["columns"], [(int(s), float(v)) for s, v in state["validation"]])
         self.best = None if state["best"] is None else tuple(state["best"])
         if self.average is not None and state["average"] is not None:
@@ -453,29 +521,82 @@ def _check_numbers(
         if value is not None:
             check_count(value, name)
     for name, value in (("lr", lr), ("clip_norm", clip_norm)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-            raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if value is None and name == "clip_norm":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {describe(value)}")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise ValueError(f"seed must be an int, got {seed!r}")
+        raise ValueError(f"seed must be an int, got {describe(seed)}")
 
 
-def _auto(device: str | torch.device) -> str | torch.device:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+def _named(device: str | torch.device) -> torch.device:
+    """The device of a name, if there is one; ``"auto"`` takes CUDA where it can."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:0', got {describe(device)}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device={str(device)!r} is not there (CUDA devices: {count}): use 'auto' or 'cpu'")
+    return found
 
 
-def _device(module: ObjectiveModule) -> torch.device:
+def _home(module: ObjectiveModule, data: Any) -> torch.device:
+    """Where the module is; for one without tensors, where the data are."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
-    return torch.device("cpu")
+    x = data[0] if isinstance(data, (tuple, list)) and data else data
+    return x.device if isinstance(x, Tensor) else torch.device("cpu")
 
 
 def _moved(data: Any, device: torch.device) -> Any:
-    """Data on the CPU are taken to the module's device; data elsewhere are left for the check to name."""
-    if isinstance(data, Tensor):
-        return data.to(device) if data.device.type == "cpu" else data
+    """Data on the CPU are taken to the module's device; data elsewhere are refused."""
     if isinstance(data, (tuple, list)):
-        return tuple(_moved(part, device) for part in data)
-    return data
+        parts = [_moved(part, device) for part in data]
+        return parts if isinstance(data, list) else tuple(parts)
+    if not isinstance(data, Tensor):
+        return data
+    if data.device.type != "cpu" and data.device.type != device.type:
+        raise ValueError(
+            f"data are on {data.device} and the program on {device}: move one, program.to({str(data.device)!r}) or "
+            f"data.to({str(device)!r}), or give device="
+        )
+    return data.to(device)
+
+
+def _name(factory: Any) -> str | None:
+    """A short name of an optimizer or schedule, for configurations."""
+    if factory is None or isinstance(factory, str):
+        return factory
+    if isinstance(factory, list):
+        return ", ".join(str(_name(f)) for f in factory)
+    return str(getattr(factory, "__qualname__", type(factory).__qualname__))
+
+
+@contextmanager
+def interrupts_held() -> Iterator[list[bool]]:
+    """Hold back the first Ctrl-C: the list fills, and the loop stops between two steps, where its state is whole.
+
+    The second one interrupts at once, as does the first outside the main thread or where a handler is set already.
+    """
+    interrupted: list[bool] = []
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupted
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if interrupted:
+            signal.default_int_handler(number, frame)
+        interrupted.append(True)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _optimizer(factory: Any, parameters: list[Tensor], lr: float) -> Optimizer:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from pyro_gen import objectives, programs
-from pyro_gen.base import SIGNS, Objective, ObjectiveModule, Program
+from pyro_gen.base import SIGNS, Objective, ObjectiveModule, Program, describe
 
 __all__ = ["FitResult", "History", "load"]
 
 PROGRAMS: dict[str, type[Program]] = {name: getattr(programs, name) for name in programs.__all__}
 OBJECTIVES: dict[str, type[Objective[Any]]] = {name: getattr(objectives, name) for name in objectives.__all__}
+DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 FORMAT = 1
 
 
@@ -176,15 +177,20 @@ def load(folder: str | Path, into: Program | ObjectiveModule | None = None) -> F
         raise ValueError(f"{path / 'program.json'} has format {described.get('format')!r}; this version reads {FORMAT}")
     try:
         objective = OBJECTIVES[described["objective"]](**described["objective_settings"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path / 'program.json'} names an unknown objective: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / 'program.json'} names an objective unknown here: {error}") from error
+    if not (into is None or isinstance(into, (Program, ObjectiveModule))):
+        raise TypeError(f"into must be a program, or the objective module of a pair, got {describe(into)}")
     if isinstance(into, ObjectiveModule):
         module = into
     elif into is not None:
         module = objective(into)
     elif described.get("program") in PROGRAMS and described.get("config") is not None:
-        program = PROGRAMS[described["program"]](**_rebuilt(described["config"]))
-        module = objective(program.to(getattr(torch, described["dtype"])))
+        try:
+            program = PROGRAMS[described["program"]](**_rebuilt(described["config"]))
+            module = objective(program.to(DTYPES[described["dtype"]]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path / 'program.json'} describes no program of this version: {error}") from error
     else:
         what = described.get("program") or "a model/guide pair"
         raise ValueError(
@@ -197,12 +203,16 @@ def load(folder: str | Path, into: Program | ObjectiveModule | None = None) -> F
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit this program: {error}") from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"the weights in {path} do not fit this program: {said}") from error
     fit = _read_json(path / "fit.json")
-    history = History(fit["history"], [(int(s), float(v)) for s, v in fit["validation"]])
-    return FitResult(
-        module, history, fit["config"], fit["best_step"], fit["stopped_at"], fit["seconds"], fit["compile_seconds"]
-    )
+    try:
+        history = History(fit["history"], [(int(s), float(v)) for s, v in fit["validation"]])
+        return FitResult(
+            module, history, fit["config"], fit["best_step"], fit["stopped_at"], fit["seconds"], fit["compile_seconds"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path / 'fit.json'} does not hold what FitResult.save writes: {error}") from error
 
 
 def _rebuilt(config: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ log_prior          of each latent
 fit                of a guide ELBO and k̂, of a fit its history
 ================== =============================================================================================
 
-``az.loo`` needs draws from a posterior. Where there is one draw, or only log p(x | z) given latents that each row has for
-itself, there is no group ``log_likelihood``, and ``az.loo`` raises an error that says so.
+``az.loo`` needs draws from a posterior. Where there is one draw, or only log p(x | z) given latents that each row has
+for itself, there is no group ``log_likelihood``, and ``az.loo`` raises an error that says so.
 """
 
 from pyro_gen.inference_data.sources import to_inference_data

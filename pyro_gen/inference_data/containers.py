@@ -96,25 +96,22 @@ def elpd_data(pointwise: xr.DataArray, pareto_k: xr.DataArray | None, good_k: fl
 
     values = np.asarray(pointwise.values, dtype=np.float64).ravel()
     tail = None if pareto_k is None else pareto_k.values
-    numbers: dict[str, Any] = dict(
-        elpd=float(values.sum()),
-        se=float(np.sqrt(values.size * values.var())),
-        p=float("nan"),  # no parameters are integrated over: each row was held out
-        n_samples=1,
-        n_data_points=int(values.size),
-        scale="log",
-        warning=bool(tail is not None and (tail > good_k).any()),
-        good_k=good_k,
-        elpd_i=pointwise,
-        pareto_k=pareto_k,
-    )
+    numbers: dict[str, Any] = {
+        "elpd": float(values.sum()),
+        "se": float(np.sqrt(values.size * values.var())),
+        "p": float("nan"),  # each row was held out: no parameters are integrated over
+        "n_samples": 1,
+        "n_data_points": int(values.size),
+        "warning": bool(tail is not None and (tail > good_k).any()),
+        "elpd_i": pointwise,
+        "scale": "log",
+        "pareto_k": pareto_k,
+        "good_k": good_k,
+    }
     if major() == 0:
-        named = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
-        order = [n for n in "elpd se p n_samples n_data_points warning elpd_i scale pareto_k good_k".split()
-                 if numbers[n] is not None]
-        return arviz_function("ELPDData")(
-            data=[numbers[n] for n in order], index=[named.get(n, n) for n in order], dtype=object
-        )
+        names = {"elpd": "elpd_loo", "p": "p_loo", "elpd_i": "loo_i"}
+        given = {names.get(n, n): v for n, v in numbers.items() if v is not None}
+        return arviz_function("ELPDData")(data=list(given.values()), index=list(given), dtype=object)
     stats = import_module("arviz_stats")
     kind = getattr(stats, "ELPDDataLOO", None) or stats.ELPDData
     fields = {f.name for f in dataclasses.fields(kind)}

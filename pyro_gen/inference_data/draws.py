@@ -57,6 +57,10 @@ class Call:
     def trace(self, program: Callable[..., Any]) -> Trace:
         return poutine.trace(program).get_trace(*self.args, **self.kwargs)
 
+    def sites(self, program: Callable[..., Any]) -> dict[str, Site]:
+        """The sample sites of a run of ``program``, by name."""
+        return sample_sites(self.trace(program))
+
     @property
     def modules(self) -> list[nn.Module]:
         return [m for m in (self.model, self.guide) if isinstance(m, nn.Module)]
@@ -64,7 +68,7 @@ class Call:
 
 @dataclass
 class Draws:
-    """Draws of a guide: latents by name ``(draws, *shape)``, their log q, and the guide's sites as one run left them."""
+    """Draws of a guide: latents by name ``(draws, *shape)``, their log q, and the guide's sites in a plain run."""
 
     latents: dict[str, Tensor]
     log_q: Tensor  # (draws,), float64
@@ -98,7 +102,7 @@ def kinds_of(sites: Mapping[str, Site], latents: Mapping[str, Any]) -> dict[str,
     return {n: "latent" if n in latents else site_kind(s) for n, s in sites.items()}
 
 
-class Unobserve(Messenger):  # type: ignore[misc]
+class Unobserve(Messenger):
     """Draw observed sites anew. ``poutine.uncondition`` also redraws deterministics, with their plates twice over."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -151,12 +155,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
 Answers = dict[tuple[str, str], Tensor]
 
 
-def _read(trace: Trace, names: Mapping[str, SiteKind], lead: int = 0) -> Answers:
+def _read(sites: Mapping[str, Site], names: Mapping[str, SiteKind], lead: int = 0) -> Answers:
     """What is asked of a run of the model; ``lead`` is 1 for a run that holds many draws in its leftmost dim."""
     answers: Answers = {}
     lp = torch.zeros((), dtype=torch.float64)
     for name, kind in names.items():
-        site = trace.nodes[name]
+        site = sites[name]
         if kind == "deterministic":
             answers["value", name] = site["value"]
             continue
@@ -190,16 +194,15 @@ def evaluate(call: Call, latents: Mapping[str, Tensor]) -> Evaluation:
     """
     count = len(next(iter(latents.values()))) if latents else 1
 
-    def run(values: Mapping[str, Tensor]) -> Trace:
-        return call.trace(poutine.condition(call.model, dict(values)))
+    def run(values: Mapping[str, Tensor]) -> dict[str, Site]:
+        return call.sites(poutine.condition(call.model, dict(values)))
 
-    first = run(_pick(latents, 0))
-    sites = sample_sites(first)
+    sites = run(_pick(latents, 0))
     kinds = kinds_of(sites, latents)
     refuse_subsampling(sites, "model")
     _refuse_missing(sites, kinds, latents)
     asked = {n: k for n, k in kinds.items() if k != "subsample"}
-    reference = _read(first, asked)
+    reference = _read(sites, asked)
 
     def loop() -> Answers:
         runs = [reference, *(_read(run(_pick(latents, i)), asked) for i in range(1, count))]
@@ -215,7 +218,7 @@ def evaluate(call: Call, latents: Mapping[str, Tensor]) -> Evaluation:
         wide = {n: _widen(v, nesting - len(sites[n]["fn"].batch_shape)) for n, v in part.items()}
         model = pyro.plate(DRAWS_PLATE, size, dim=-nesting - 1)(poutine.condition(call.model, wide))
         with pyro.validation_enabled(False):
-            answers = _read(call.trace(model), asked, lead=1)
+            answers = _read(call.sites(model), asked, lead=1)
         return {key: _narrow(value, size, reference[key].shape) for key, value in answers.items()}
 
     if count <= FEW:
@@ -295,10 +298,10 @@ def draw_guide(call: Call, count: int) -> Draws:
         count = 1
     nesting = _nesting(q, p)
 
-    def read(trace: Trace, lead: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    def read(sites: Mapping[str, Site], lead: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         values, log_probs, log_q = {}, {}, torch.zeros((), dtype=torch.float64)
         for name in q:
-            site = trace.nodes[name]
+            site = sites[name]
             values[name] = site["value"]
             log_prob = site["fn"].log_prob(site["value"])
             log_probs[name] = scale_and_mask(log_prob, mask=site["mask"])
@@ -306,15 +309,15 @@ def draw_guide(call: Call, count: int) -> Draws:
         return values, log_probs, log_q
 
     def loop() -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        runs = [read(guide_trace), *(read(call.trace(guide)) for _ in range(count - 1))]
+        runs = [read(q), *(read(call.sites(guide)) for _ in range(count - 1))]
         values = {n: torch.stack([r[0][n] for r in runs]) for n in q}
         return values, {n: torch.stack([r[1][n] for r in runs]) for n in q}, torch.stack([r[2] for r in runs])
 
     def by_plate(size: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         with pyro.validation_enabled(False):
-            trace = call.trace(pyro.plate(DRAWS_PLATE, size, dim=-nesting - 1)(guide))
-            values, log_probs, log_q = read(trace, lead=1)
-        values = {n: v.reshape(size, *guide_trace.nodes[n]["value"].shape) for n, v in values.items()}
+            wide = call.sites(pyro.plate(DRAWS_PLATE, size, dim=-nesting - 1)(guide))
+            values, log_probs, log_q = read(wide, lead=1)
+        values = {n: v.reshape(size, *q[n]["value"].shape) for n, v in values.items()}
         shapes = {n: q[n]["fn"].batch_shape for n in q}
         return values, {n: v.reshape(size, *shapes[n]) for n, v in log_probs.items()}, log_q
 
@@ -329,7 +332,7 @@ def draw_guide(call: Call, count: int) -> Draws:
             log_q = torch.cat([part[2] for part in parts])
             for i in (0, -1):  # given what was drawn, a plain run must find the same latents and the same log q
                 free = {n: v[i] for n, v in values.items() if not is_point_mass(q[n])}
-                again, _, again_q = read(call.trace(poutine.condition(guide, free)))
+                again, _, again_q = read(call.sites(poutine.condition(guide, free)))
                 if not all(_close(values[n][i], again[n]) for n in q) or not _close(log_q[i], again_q):
                     raise ValueError("draws in a plate differ from a plain run")
         except REFUSALS as error:
@@ -365,23 +368,20 @@ def own_parameters(calls: list[Call], index: int) -> Iterator[None]:
     Raises:
         ValueError: if two guides hold the same tensors, because the store handed those of the first to the second.
     """
-    mine = {id(p) for m in calls[index].modules for p in m.parameters()}
     others = [c for i, c in enumerate(calls) if i != index]
+    guide = calls[index].guide
     for other in others:
-        guides = [g for g in (calls[index].guide, other.guide)]
-        if guides[0] is guides[1] or (
-            all(isinstance(g, nn.Module) for g in guides)
-            and any(id(p) in {id(t) for t in guides[0].parameters()} for p in guides[1].parameters())  # type: ignore[union-attr]
-        ):
-            raise ValueError(
-                "two of the guides given as chains hold the same parameters: call pyro.clear_param_store() between "
-                "restarts, or the store hands the tensors of the first to the second"
-            )
-        if not all(isinstance(g, nn.Module) for g in guides):
+        if not isinstance(guide, nn.Module) or not isinstance(other.guide, nn.Module):
             raise ValueError(
                 "guides given as chains must be modules (AutoGuides, PyroModules): functions with pyro.param share one "
                 "global store, so that only the parameters of the last fit are left"
             )
+        if {id(p) for p in guide.parameters()} & {id(p) for p in other.guide.parameters()}:
+            raise ValueError(
+                "two of the guides given as chains hold the same parameters: call pyro.clear_param_store() between "
+                "restarts, or the store hands the tensors of the first to the second"
+            )
+    mine = {id(p) for m in calls[index].modules for p in m.parameters()}
     foreign = {id(p) for c in others for m in c.modules for p in m.parameters()} - mine
     store = pyro.get_param_store()
     state = store.get_state()

@@ -18,7 +18,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_gen.handlers import Site, SiteKind, sample_sites
+from pyro_gen.handlers import Site, SiteKind
 from pyro_gen.inference_data.containers import REASON
 from pyro_gen.inference_data.draws import Call, Evaluation, Unobserve, evaluate, kinds_of
 from pyro_gen.inference_data.variables import (
@@ -38,9 +38,9 @@ ONE_DRAW = (
     "pg.log_evidence(...) with pg.compare, or pg.comparison.to_elpd(...) for an ELPDData"
 )
 CONDITIONAL = (
-    "log p(x | z) given a latent of each row's own is not a likelihood of the model: LOO of it takes the evidence by its "
-    "harmonic mean, whose variance is infinite. Its values are in group conditional_log_likelihood; integrate z out "
-    "instead, pg.log_evidence(pg.Bounded(model, guide, event_shape), x, method=pg.ImportanceSampling(5000)), and "
+    "log p(x | z) given a latent of each row's own is not a likelihood of the model: LOO of it takes the evidence by "
+    "its harmonic mean, whose variance is infinite. Its values are in group conditional_log_likelihood; integrate z "
+    "out instead, pg.log_evidence(pg.Bounded(model, guide, event_shape), x, method=pg.ImportanceSampling(5000)), and "
     "compare held-out rows by pg.compare"
 )
 
@@ -85,7 +85,7 @@ class Chains:
     def template(self) -> tuple[dict[str, Site], dict[str, SiteKind]]:
         """The sites of a plain run at the first draw, and what they are."""
         first = {n: v[0, 0] for n, v in self.latents.items()}
-        sites = sample_sites(self.call.trace(poutine.condition(self.call.model, first)))
+        sites = self.call.sites(poutine.condition(self.call.model, first))
         return sites, kinds_of(sites, first)
 
 
@@ -240,7 +240,9 @@ def _one_index(variables: dict[str, Variable]) -> dict[str, Variable]:
     positions: dict[str, set[bytes]] = {}
     for v in variables.values():
         for dim, size in zip(v.dims, v.values.shape, strict=True):
-            positions.setdefault(dim, set()).add(v.kept[dim][0].tobytes() if dim in v.kept else np.arange(size).tobytes())
+            positions.setdefault(dim, set()).add(
+                v.kept[dim][0].tobytes() if dim in v.kept else np.arange(size).tobytes()
+            )
     out = {}
     for name, v in variables.items():
         new = {d: f"{name}_{d}" for d in v.kept if len(positions[d]) > 1}
@@ -306,8 +308,8 @@ def predictive_group(chains: Sequence[Chains]) -> dict[str, Variable]:
             program = Unobserve(names)(part.call.model)
             runs = []
             for i in range(math.prod(part.shape)):
-                run = part.call.trace(poutine.condition(program, {n: v[i] for n, v in flat.items()}))
-                runs.append({n: run.nodes[n]["value"] for n in names})
+                run = part.call.sites(poutine.condition(program, {n: v[i] for n, v in flat.items()}))
+                runs.append({n: run[n]["value"] for n in names})
         drawn.append({n: part.fold(torch.stack([r[n] for r in runs])) for n in names})
     assert model is not None
     return model.values({n: torch.cat([d[n] for d in drawn]) for n in drawn[0]})
@@ -318,8 +320,8 @@ def prior_groups(part: Chains, count: int) -> tuple[dict[str, Variable], dict[st
     with part.scope():
         model, runs = Model(*part.template()), []
         for _ in range(count):
-            run = part.call.trace(Unobserve(model.names("observed"))(part.call.model))
-            runs.append({n: run.nodes[n]["value"] for n in model.names("latent", "deterministic", "observed")})
+            run = part.call.sites(Unobserve(model.names("observed"))(part.call.model))
+            runs.append({n: run[n]["value"] for n in model.names("latent", "deterministic", "observed")})
 
     def drawn(*kinds: SiteKind) -> dict[str, Variable]:
         return model.values({n: torch.stack([r[n] for r in runs]).unsqueeze(0) for n in model.names(*kinds)})

@@ -28,9 +28,9 @@ from pyro_gen.inference_data.variables import SAMPLE_DIMS, Axes, Variable, axes_
 __all__ = ["add_history", "has_global_latents", "program_groups"]
 
 FITTED = (
-    "the weights of this result are a point estimate, one draw, and LOO needs draws of them from a posterior; log p(x | z) "
-    "at the draws of z is conditional and no likelihood of the model. Score rows that were held out: their log p(x) is "
-    "in group log_evidence, pg.compare takes the result as it is, pg.comparison.to_elpd gives ArviZ's ELPDData"
+    "the weights of this result are a point estimate, one draw, and LOO needs draws of them from a posterior; log "
+    "p(x | z) at the draws of z is conditional and no likelihood of the model. Score rows that were held out: their "
+    "log p(x) is in group log_evidence, pg.compare takes the result as it is, pg.comparison.to_elpd gives ELPDData"
 )
 
 
@@ -72,12 +72,14 @@ def program_groups(
         model = Model(said.sites, said.kinds)
         plate = handlers.find_data_plate(said.sites.values(), len(few[0]))
         if plate is None:
-            raise ValueError(f"{type(program).__name__} has no plate over its {len(few[0])} rows: pyro.plate('data', len(x))")
+            raise ValueError(
+                f"{type(program).__name__} has no plate over its {len(few[0])} rows: pyro.plate('data', len(x))"
+            )
         data = plate.name
         first = {data: (np.arange(len(few[0])), count)}
         if drawn is not None:
             weight = _rows(said.log_prob, model.axes, data) - _rows(drawn.log_prob, _axes(drawn.sites), data)
-            about = dict(rows=len(few[0]), rows_given=count, draws=len(weight))
+            about = {"rows": len(few[0]), "rows_given": count, "draws": len(weight)}
             parts.add("latent", _cut(model.values({n: v.unsqueeze(0) for n, v in latents.items()}), first), **about)
             parts.add("latent_stats", _cut(_latent_stats(drawn, model, weight, data), first), **about)
         if predictive:
@@ -86,12 +88,16 @@ def program_groups(
         observed = model.observed()
         for name, variable in _cut(observed, first).items():
             whole = name in model.sites and model.sites[name]["value"] is few[0]
-            parts.add("observed_data", {name: replace(variable, values=to_array(batch[0]), kept={}) if whole else variable})
+            parts.add(
+                "observed_data", {name: replace(variable, values=to_array(batch[0]), kept={}) if whole else variable}
+            )
         if len(batch) > 1:
             context = to_array(batch[1])
             dims = (data, *(f"context_dim_{k}" for k in range(1, context.ndim)))
             parts.add("constant_data", {"context": Variable(context, dims)})
-    site = next((n for n in observed if n in model.sites and model.sites[n]["value"] is few[0]), next(iter(observed), "x"))
+    site = next(
+        (n for n in observed if n in model.sites and model.sites[n]["value"] is few[0]), next(iter(observed), "x")
+    )
     _score_rows(parts, program, batch, importance, site, data)
     return parts
 
@@ -164,7 +170,9 @@ def _score_rows(
     if isinstance(program, (Bounded, Exact)):
         if importance is None and not isinstance(program, Exact):
             return
-        method = ImportanceSampling(importance or 1) if importance is None or isinstance(importance, int) else importance
+        method = (
+            ImportanceSampling(importance or 1) if importance is None or isinstance(importance, int) else importance
+        )
         evidence = log_evidence(program, *batch, method=method)
         mean = evidence.mean()
         attrs: dict[str, Any] = {"kind": evidence.kind, "likelihood_kind": "exact", "units": "nats"}
@@ -191,7 +199,10 @@ def _score_rows(
 def add_history(parts: Parts, result: FitResult) -> None:
     """Add group ``fit``: loss, gradient norm, learning rate and seconds by step, and the validation loss."""
     history = result.history
-    units = {"loss": "nats per datum" if result.module.objective.loss_is in ("log-likelihood", "lower bound") else "", "seconds": "s"}
+    units = {
+        "loss": "nats per datum" if result.module.objective.loss_is in ("log-likelihood", "lower bound") else "",
+        "seconds": "s",
+    }
     columns: dict[str, Variable] = {}
     for name, values in history.columns.items():
         array = np.asarray(values, dtype=np.float64)

@@ -32,8 +32,8 @@ __all__ = ["to_inference_data"]
 
 DRAWS = 500
 TAKES = (
-    "pyro.infer.MCMC, pyro.infer.SVI, a pair (model, guide), an AutoGuide, a program, an objective module, the result of "
-    "pg.fit, or a list of runs as chains"
+    "pyro.infer.MCMC, pyro.infer.SVI, a pair (model, guide), an AutoGuide, a program, an objective module, the result "
+    "of pg.fit, or a list of runs as chains"
 )
 
 
@@ -109,11 +109,21 @@ def to_inference_data(
         parts = None
         if program is not None:
             batch = as_batch(_need(data, "the rows x to convert"), program)
-            if not (isinstance(program, Bounded) and not isinstance(program, Exact) and has_global_latents(program, batch)):
+            if not (
+                isinstance(program, Bounded) and not isinstance(program, Exact) and has_global_latents(program, batch)
+            ):
                 if prior:
-                    raise ValueError("prior= belongs to models with global latents: draw from a program by program.sample(n)")
-                options = dict(max_rows=max_rows, importance=importance, predictive=predictive)
-                parts = program_groups(program, batch, draws=draws or DRAWS, **options)  # type: ignore[arg-type]
+                    raise ValueError(
+                        "prior= belongs to models with global latents: draw from a program by program.sample(n)"
+                    )
+                parts = program_groups(
+                    program,
+                    batch,
+                    draws=draws or DRAWS,
+                    max_rows=max_rows,
+                    importance=importance,
+                    predictive=predictive,
+                )
                 parts.attrs[""] |= {"family": type(program).__name__, "inference_view": "frequentist"}
                 parts.attrs[""] |= _device_of(program.template())
         if parts is None:
@@ -154,9 +164,7 @@ def _program(source: Any) -> Program | None:
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
-def _chains(
-    source: Any, data: Any, model: Any, draws: int | None
-) -> tuple[list[Chains], list[dict[str, Any]], bool]:
+def _chains(source: Any, data: Any, model: Any, draws: int | None) -> tuple[list[Chains], list[dict[str, Any]], bool]:
     """The draws of each run, what MCMC says of them, and whether they are a point estimate."""
     runs = list(source) if isinstance(source, list) else [source]
     mcmc = [isinstance(run, AbstractMCMC) for run in runs]
@@ -192,9 +200,7 @@ def _call(source: Any, data: Any, model: Any) -> Call:
     """The pair behind a source, and its arguments."""
     if isinstance(source, FitResult):
         source = source.module
-    if isinstance(source, (ObjectiveModule, SVI)):
-        pair = (source.model, source.guide)
-    elif isinstance(source, Program):
+    if isinstance(source, (ObjectiveModule, SVI, Program)):
         pair = (source.model, source.guide)
     elif isinstance(source, tuple):
         if len(source) != 2:
@@ -204,7 +210,9 @@ def _call(source: Any, data: Any, model: Any) -> Call:
         pair = (model or source.model, source)
     elif callable(source) and not isinstance(source, type):
         if model is None:
-            raise TypeError(f"{describe(source)} is taken for a guide, and its model is missing: give model=, or a pair")
+            raise TypeError(
+                f"{describe(source)} is taken for a guide, and its model is missing: give model=, or a pair"
+            )
         pair = (model, source)
     else:
         raise TypeError(f"source is {describe(source)}; to_inference_data takes {TAKES}")
@@ -250,12 +258,12 @@ def _mcmc(mcmc: Any, data: Any) -> tuple[Chains, dict[str, Any]]:
             "plates, the data and the likelihood are. Build it from the model, or pass ArviZ's from_dict the draws of "
             "mcmc.get_samples(group_by_chain=True)"
         )
-    args, kwargs = (mcmc._args, mcmc._kwargs) if data is None else _arguments(model, data)
+    args, kwargs = _arguments(model, data) if data is not None else (tuple(mcmc._args or ()), dict(mcmc._kwargs or {}))
     if not samples:
         raise ValueError("this MCMC has no latents to convert")
     shape = tuple(next(iter(samples.values())).shape[:2])
-    call = Call(model, None, tuple(args), dict(kwargs))
-    diagnostics = [d or {} for d in mcmc._diagnostics]
+    call = Call(model, None, args, kwargs)
+    diagnostics: list[dict[str, Any]] = [d or {} for d in mcmc._diagnostics]
     stats: dict[str, Any] = {"kernel": type(mcmc.kernel).__name__, "warmup": mcmc.warmup_steps}
     if all("divergences" in d for d in diagnostics):
         diverging = np.zeros(shape, dtype=bool)
@@ -317,7 +325,9 @@ def _describe(source: Any, seed: int | None) -> dict[str, Any]:
         "sample_dims": "chain, draw",
         "seed": seed,
     }
-    attrs["inference_library_version"] = attrs["creation_library_version" if attrs["inference_library"] == "pyro_gen" else "pyro_version"]
+    attrs["inference_library_version"] = attrs[
+        "creation_library_version" if attrs["inference_library"] == "pyro_gen" else "pyro_version"
+    ]
     if isinstance(first, MCMC):
         return attrs | {"inference_method": type(first.kernel).__name__, "num_samples": first.num_samples}
     module = first.module if isinstance(first, FitResult) else first

@@ -22,7 +22,18 @@ from pyro_gen.handlers import Site
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["SAMPLE_DIMS", "Axes", "Groups", "Variable", "axes_of", "datasets", "plain", "series_of", "stack_series", "to_array"]
+__all__ = [
+    "SAMPLE_DIMS",
+    "Axes",
+    "Groups",
+    "Variable",
+    "axes_of",
+    "datasets",
+    "plain",
+    "series_of",
+    "stack_series",
+    "to_array",
+]
 
 SAMPLE_DIMS = ("chain", "draw")
 RESERVED = ("chain", "draw", "sample", "pred_id")  # ArviZ's own
@@ -246,7 +257,9 @@ def _rename(groups: Groups, dims: Mapping[str, Sequence[str]]) -> Groups:
     for given in dims.values():
         clash = [d for d in given if d in names or d in RESERVED]
         if clash:
-            raise ValueError(f"dims= calls a dim {clash[0]!r}, which is the name of a variable or ArviZ's own: choose another")
+            raise ValueError(
+                f"dims= calls a dim {clash[0]!r}, which is the name of a variable or ArviZ's own: choose another"
+            )
 
     def dim_name(dim: str, position: int) -> str:
         sample = position < 2 and dim in SAMPLE_DIMS
@@ -301,7 +314,9 @@ def _labels(groups: Groups, coords: Mapping[str, Sequence[Hashable]]) -> dict[st
     for asked, values in coords.items():
         dim = asked if asked in sizes else f"{asked}_id"  # a dim that had to be renamed
         if dim not in sizes:
-            raise ValueError(f"coords= has labels for {asked!r}, and no variable has that dim: the dims are {_listed(sizes)}")
+            raise ValueError(
+                f"coords= has labels for {asked!r}, and no variable has that dim: the dims are {_listed(sizes)}"
+            )
         array = np.asarray(to_array(values) if isinstance(values, Tensor) else list(values))
         if array.ndim != 1 or sizes[dim] != {len(array)}:
             size = " and ".join(str(s) for s in sorted(sizes[dim]))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_gen.base import Bounded, as_shape, check_count
+from pyro_gen.base import Bounded, as_shape, check_count, describe
 from pyro_gen.distributions.held import Held
 from pyro_gen.distributions.likelihoods import Likelihood, Scale
 from pyro_gen.distributions.likelihoods import likelihood as named_likelihood
@@ -209,6 +209,8 @@ class VAE(Bounded):
         event, check_dim = as_shape(event_shape), check_count(latent_dim, "latent_dim")
         context = None if context_shape is None else as_shape(context_shape, "context_shape")
         context_features = 0 if context is None else context.numel()
+        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+            raise ValueError(f"hidden must be a sequence of sizes such as (128, 128), got {describe(hidden)}")
         hidden = tuple(check_count(h, "hidden") for h in hidden)
         if guide not in ("diagonal", "full_rank"):
             raise ValueError(f"guide must be 'diagonal' or 'full_rank', got {guide!r}")

@@ -22,6 +22,7 @@ __all__ = [
     "alone",
     "answers",
     "at_seed",
+    "bound",
     "differs",
     "draws",
     "expect",
@@ -99,11 +100,16 @@ def answers(program: Program, *batch: Tensor, seed: int = 0) -> dict[str, Tensor
     if isinstance(program, Unnormalized):
         asked["log_density"] = lambda: program.log_density(*batch)
     if isinstance(program, Bounded) and not structure(program, *batch).global_sites:
-        asked["lower_bound"] = lambda: program.lower_bound(*batch)
+        asked["lower_bound"] = lambda: bound(program, batch)
     if isinstance(program, Samples):
         asked["sample"] = lambda: program.sample(batch[0].shape[0], *batch[1:])
     with torch.no_grad():
         return {name: at_seed(seed, ask) for name, ask in asked.items()}
+
+
+def bound(program: Bounded, batch: tuple[Tensor, ...], particles: int = 1) -> Tensor:
+    """The lower bound of each row of a batch ``(x,)`` or ``(x, context)``."""
+    return program.lower_bound(batch[0], *batch[1:2] or (None,), particles=particles)
 
 
 def at_seed(seed: int, ask: Callable[[], Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from pyro_gen.base import Bounded, Nothing, Program, Samples, Unnormalized
 from pyro_gen.testing.basis import (
     alone,
     answers,
+    bound,
     differs,
     draws,
     expect,
@@ -61,8 +62,8 @@ def check_shapes(program: Program, x: Tensor, context: Tensor | None = None) -> 
             for name, found in answers(copied, *one).items():
                 expect(found.shape[0] == 1, f"{name} of a single row has shape {tuple(found.shape)}")
             if isinstance(copied, Bounded) and not structure(copied, *batch).global_sites:
-                bound = copied.lower_bound(batch[0], *batch[1:], particles=3)
-                expect(tuple(bound.shape) == (rows,), f"lower_bound(x, particles=3) has shape {tuple(bound.shape)}")
+                found = bound(copied, batch, particles=3)
+                expect(tuple(found.shape) == (rows,), f"lower_bound(x, particles=3) has shape {tuple(found.shape)}")
 
 
 def check_density(program: Program, x: Tensor, context: Tensor | None = None) -> None:
@@ -79,7 +80,7 @@ def check_density(program: Program, x: Tensor, context: Tensor | None = None) ->
                     gap = relative_gap(found, traced)
                     expect(gap <= 1e-5, f"{name} is off the density of the trace by {gap:.2g} of its size")
             elif isinstance(copied, Bounded) and type(copied).lower_bound is not Bounded.lower_bound:
-                own, error = draws(lambda: copied.lower_bound(batch[0], *batch[1:]))
+                own, error = draws(lambda: bound(copied, batch))
                 plain, other = draws(lambda: handlers.log_weight(copied.model, copied.guide, *batch))
                 tolerance = 5 * torch.hypot(error, other) + 1e-5 * plain.abs()
                 row = int(((own - plain).abs() / tolerance).argmax())

@@ -15,7 +15,7 @@ from pyro_gen.evidence.chunks import even_parts, measure_bytes, plan_chunks
 
 
 class Model(nn.Module):
-    """z ~ N(0, 1), x | z ~ N(z, 1) in each of `features` coordinates of its own: log p(x) is a sum of log N(x; 0, 2)."""
+    """z ~ N(0, 1), x | z ~ N(z, 1) in each of its coordinates: log p(x) is a sum of log N(x; 0, 2)."""
 
     def __init__(self, features=2):
         super().__init__()
@@ -129,7 +129,7 @@ def test_discrete_latents_are_sampled_too():
 
 # ------------------------------------------------------------------------------------------------------------- chunks
 @pytest.mark.parametrize("memory", [1, 2**12, 2**14, 2**16, 2**28])
-@pytest.mark.parametrize("count", [1, 7, 101])
+@pytest.mark.parametrize("count", [1, 7, 29])
 def test_every_row_gets_exactly_its_draws_at_any_memory(memory, count):
     program = make()
     method = ImportanceSampling(count, memory=memory, seed=0)
@@ -158,7 +158,7 @@ def test_the_guide_runs_once_for_many_draws():
 
 def test_chunks_are_planned_to_the_memory():
     def plan(**changed):
-        given = dict(rows=100, draws=1000, row_bytes=5000, draw_bytes=100, memory=10**7, fast=10**6)
+        given = {"rows": 100, "draws": 1000, "row_bytes": 5000, "draw_bytes": 100, "memory": 10**7, "fast": 10**6}
         return plan_chunks(**{**given, **changed})
 
     assert plan() == (9, 1000)  # 9 * (1000 * 100 + 5000) <= 1e6 < 10 * (...)
@@ -307,9 +307,9 @@ def test_kinds_without_an_evidence_say_what_to_do():
         log_evidence(Unnormalized(energy, 2), x, method=method)
     with pytest.raises(TypeError, match=r"takes a program, got function: pg\.Bounded\(model, guide, event_shape\)"):
         log_evidence(generator, x, method=method)
-    with pytest.raises(TypeError, match="method must be a method of evidence.*got the class ImportanceSampling"):
+    with pytest.raises(TypeError, match=r"method must be a method of evidence.*got the class ImportanceSampling"):
         log_evidence(make(), x, method=ImportanceSampling)
-    with pytest.raises(TypeError, match="method must be a method of evidence.*got 100"):
+    with pytest.raises(TypeError, match=r"method must be a method of evidence.*got 100"):
         log_evidence(make(), x, method=100)
 
 
@@ -357,7 +357,7 @@ def test_a_support_is_checked_in_all_rows_before_the_draws():
 
     x = torch.zeros(500, 2)
     x[499, 1] = 2.0
-    with pytest.raises(ValueError, match="boolean|support"):
+    with pytest.raises(ValueError, match=r"boolean|support"):
         run(model, Guide(), x)
 
 

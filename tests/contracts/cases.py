@@ -1,0 +1,219 @@
+"""Every program that goes through the contracts: one line a case. A new family adds its lines to `CASES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+import pyro_gen as pg
+from pyro_gen.base import Objective, Program
+
+ROWS = 8
+Data = Callable[[], Tensor]
+
+
+# --------------------------------------------------------------------------------------------- programs written by hand
+class Decoder(nn.Module):
+    """A model as most users write it, here with parameters of its own, a frozen one and a buffer."""
+
+    loc: Tensor
+
+    def __init__(self, features: int = 3, latent: int = 2) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(latent, 6), nn.Tanh(), nn.Linear(6, features))
+        self.log_scale = nn.Parameter(torch.full((features,), -0.5))
+        self.fixed = nn.Parameter(torch.full((features,), 0.3), requires_grad=False)
+        self.register_buffer("loc", torch.zeros(latent))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1))
+            pyro.sample("x", dist.Normal(self.net(z) + self.fixed, self.log_scale.exp()).to_event(1), obs=x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, features: int = 3, latent: int = 2) -> None:
+        super().__init__()
+        self.net = nn.Linear(features, 2 * latent)
+
+    def forward(self, x: Tensor) -> None:
+        loc, log_scale = self.net(x).chunk(2, -1)
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+class PyroDecoder(PyroModule):  # type: ignore[misc, no-any-unimported, unused-ignore]
+    def __init__(self, features: int = 3, latent: int = 2) -> None:
+        super().__init__()
+        self.net = PyroModule[nn.Linear](latent, features)
+        self.scale = PyroParam(torch.full((features,), 0.6), constraint=constraints.positive)
+        self.latent = latent
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            one = x.new_ones(self.latent)
+            z = pyro.sample("z", dist.Normal(0 * one, one).to_event(1))
+            pyro.sample("x", dist.Normal(self.net(z), self.scale).to_event(1), obs=x)
+
+
+class PyroEncoder(PyroModule):  # type: ignore[misc, no-any-unimported, unused-ignore]
+    """Holds an attribute named as one of the decoder's, as happens: stock SVI then trains only one of the two."""
+
+    def __init__(self, features: int = 3, latent: int = 2) -> None:
+        super().__init__()
+        self.net = PyroModule[nn.Linear](features, latent)
+        self.spread = PyroParam(torch.full((latent,), 0.7), constraint=constraints.positive)
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(self.net(x), self.spread).to_event(1))
+
+
+def model_with_params(x: Tensor) -> None:
+    weight = pyro.param("weight", lambda: torch.linspace(-1, 1, 6).reshape(2, 3))
+    scale = pyro.param("scale", lambda: torch.full((3,), 0.6), constraint=constraints.positive)
+    with pyro.plate("data", x.shape[0]):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1))
+        pyro.sample("x", dist.Normal(z @ weight, scale).to_event(1), obs=x)
+
+
+def guide_with_params(x: Tensor) -> None:
+    weight = pyro.param("encode", lambda: torch.linspace(-0.5, 0.5, 6).reshape(3, 2))
+    spread = pyro.param("spread", lambda: torch.full((2,), 0.7), constraint=constraints.positive)
+    with pyro.plate("data", x.shape[0]):
+        pyro.sample("z", dist.Normal(x @ weight, spread).to_event(1))
+
+
+class Hierarchy(nn.Module):
+    """Latents that belong to all rows at once: a mean and a scale with priors."""
+
+    zero: Tensor
+
+    def __init__(self, features: int = 3) -> None:
+        super().__init__()
+        self.register_buffer("zero", torch.zeros(features))
+
+    def forward(self, x: Tensor) -> None:
+        one = torch.ones_like(self.zero)
+        loc = pyro.sample("loc", dist.Normal(self.zero, one).to_event(1))
+        scale = pyro.sample("scale", dist.LogNormal(self.zero, one / 2).to_event(1))
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
+
+
+def global_latents() -> Program:
+    model = Hierarchy()
+    return pg.Bounded(model, AutoNormal(model, init_scale=0.3), event_shape=3)
+
+
+class LinearGaussian(nn.Module):
+    """x = b + W z + ε with z integrated out: N(b, W Wᵀ + σ² I)."""
+
+    def __init__(self, features: int = 3, latent: int = 2) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features, latent))
+        self.loc = nn.Parameter(torch.randn(features))
+        self.log_scale = nn.Parameter(torch.tensor(-0.3))
+
+    def forward(self, x: Tensor) -> None:
+        noise = (2 * self.log_scale).exp() * torch.ones_like(self.loc)
+        with pyro.plate("data", x.shape[0]):
+            marginal = dist.LowRankMultivariateNormal(self.loc, self.weight, noise)
+            pyro.sample("x", marginal, obs=x)
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+def real(*event: int) -> Data:
+    return lambda: torch.randn(ROWS, *event)
+
+
+def binary(*event: int) -> Data:
+    return lambda: torch.randint(2, (ROWS, *event)).float()
+
+
+def levels(count: int, *event: int) -> Data:
+    return lambda: torch.randint(count, (ROWS, *event)).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------- cases
+@dataclass(frozen=True)
+class Case:
+    """A program and data for it.
+
+    Attributes:
+        make: builds the program; called under a seed and in one of Pyro's parameter modes.
+        x, context: give the data.
+        objectives: names in `OBJECTIVES`; None for `USUAL` of its kind.
+        store: parameters that live in Pyro's global store: ``"always"`` (``pyro.param``), or ``"in global mode"``
+            (``PyroParam``, autoguides). What lives there is not compiled.
+        broadcasts: takes a plate of particles around it.
+        trains: False leaves the long trajectories to a sibling.
+    """
+
+    name: str
+    make: Callable[[], Program]
+    x: Data
+    context: Data | None = None
+    objectives: tuple[str, ...] | None = None
+    store: str = "never"
+    broadcasts: bool = True
+
+    def build(self) -> tuple[Program, tuple[Tensor, ...]]:
+        """The program and its batch, the same each time."""
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            program = self.make()
+            parts = (self.x, *(() if self.context is None else (self.context,)))
+            return program, tuple(part() for part in parts)
+
+    def compiles(self, local: bool) -> bool:
+        return self.store == "never" or (self.store == "in global mode" and local)
+
+
+SMALL: dict[str, Any] = {"latent_dim": 2, "hidden": (6,)}
+ALL = ("elbo", "elbo kl", "elbo 3", "elbo 3 at once", "iwae", "iwae loop", "dreg", "dreg loop", "stl")
+CASES = [
+    Case("vae", lambda: pg.VAE(3, **SMALL), real(3), objectives=ALL),
+    Case("vae shared scale", lambda: pg.VAE(3, scale="shared", **SMALL), real(3)),
+    Case("vae predicted scale", lambda: pg.VAE(3, scale="predicted", **SMALL), real(3)),
+    Case("vae fixed scale", lambda: pg.VAE((2, 2), scale=0.5, **SMALL), real(2, 2)),
+    Case("vae bernoulli", lambda: pg.VAE(4, likelihood="bernoulli", **SMALL), binary(4)),
+    Case("vae categorical", lambda: pg.VAE(2, likelihood="categorical", levels=5, **SMALL), levels(5, 2)),
+    Case("vae logistic", lambda: pg.VAE(2, likelihood="discretized_logistic", levels=5, **SMALL), levels(5, 2)),
+    Case("vae mixture prior", lambda: pg.VAE(3, prior="mixture", components=3, **SMALL), real(3)),
+    Case("vae given prior", lambda: pg.VAE(3, prior=dist.Laplace(torch.zeros(2), 1.0).to_event(1), **SMALL), real(3)),
+    Case("vae full rank", lambda: pg.VAE(3, guide="full_rank", **SMALL), real(3)),
+    Case("vae context", lambda: pg.VAE(3, context_shape=2, **SMALL), real(3), real(2)),
+    Case("vae conv", lambda: pg.VAE((1, 5, 4), encoder="conv", decoder="conv", latent_dim=2), real(1, 5, 4)),
+    Case("pair of modules", lambda: pg.Bounded(Decoder(), Encoder(), 3), real(3), objectives=ALL),
+    Case("pair of PyroModules", lambda: pg.Bounded(PyroDecoder(), PyroEncoder(), 3), real(3), store="in global mode"),
+    Case(
+        "pair of functions", lambda: pg.Bounded(model_with_params, guide_with_params, 3), real(3), store="always"
+    ),
+    Case(
+        "global latents", global_latents, real(3), objectives=("elbo", "elbo 3"), store="in global mode"
+    ),
+    Case("exact", lambda: pg.Exact(LinearGaussian(), 3), real(3), objectives=("likelihood", "elbo", "iwae")),
+]
+
+OBJECTIVES: dict[str, Objective[Any]] = {
+    "elbo": pg.ELBO(),
+    "elbo kl": pg.ELBO(analytic_kl=True),
+    "elbo 3": pg.ELBO(3),
+    "elbo 3 at once": pg.ELBO(3, vectorize_particles=True),
+    "iwae": pg.IWAE(3),
+    "iwae loop": pg.IWAE(3, vectorize_particles=False),
+    "dreg": pg.IWAE(3, gradient="dreg"),
+    "dreg loop": pg.IWAE(3, gradient="dreg", vectorize_particles=False),
+    "stl": pg.IWAE(3, gradient="stl"),
+    "likelihood": pg.MaximumLikelihood(),
+}
