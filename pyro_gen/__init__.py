@@ -1,6 +1,6 @@
 """pyro_gen: deep generative models as Pyro programs, told apart by how they treat their normalizing constant."""
 
-from pyro_gen import datasets
+from pyro_gen import datasets, testing
 from pyro_gen.base import Bounded, Divergence, Evidence, Exact, Implicit, Unnormalized
 from pyro_gen.evidence import ImportanceSampling, log_evidence
 from pyro_gen.fitting import FitResult, fit, load
@@ -30,4 +30,5 @@ __all__ = [
     "log_evidence",
     "log_prior",
     "score",
+    "testing",
 ]

@@ -149,6 +149,13 @@ class Program(nn.Module):
         self.event_shape = as_shape(event_shape)
         self.context_shape = None if context_shape is None else as_shape(context_shape, "context_shape")
 
+    def forward(self, *batch: Any, **kwargs: Any) -> Any:
+        """A program is not called; a ``TypeError`` says what is."""
+        raise TypeError(
+            f"{describe(self)} is not called itself: its model and guide are (program.model(x)), its objective is "
+            "(pg.ELBO()(program)(x)), and program.sample(n) draws from it"
+        )
+
     def check(self, x: Any, context: Any = None) -> tuple[Tensor, ...]:
         """Check data at the door and return the batch ``(x,)`` or ``(x, context)``.
 
@@ -378,6 +385,7 @@ class ObjectiveModule(ELBOModule):
 
         The first :meth:`forward` does this by itself; an optimizer built before it misses lazy parameters.
         """
+        frozen = [p for p in self.parameters() if not p.requires_grad]
         with (
             torch.no_grad(),
             handlers.preserved_state(self.model, self.guide),
@@ -385,6 +393,8 @@ class ObjectiveModule(ELBOModule):
             handlers.hide_bare_parameters(),
         ):
             shape, tensors = handlers.structure(self.model, self.guide, *batch, **kwargs)
+        for parameter in frozen:  # a first `pyro.param` of what a PyroModule holds directly thaws it
+            parameter.requires_grad_(False)
         self.check_structure(shape)
         own = {id(p) for p in self.parameters()}
         unique = {id(t): t for t in tensors if id(t) not in own and t.is_leaf and t.requires_grad}

@@ -201,6 +201,6 @@ def _check_rows(scores: Mapping[str, _Score]) -> None:
         first, expected = given[0]
         if values.shape == expected.shape and not np.allclose(values, expected, rtol=1e-6, atol=0.0, equal_nan=True):
             raise ValueError(
-                f"{first!r} and {name!r} were given different data (observed_data): their densities are of other rows or "
-                "in other units. A transformed model needs its log-Jacobian added, log |dy/dx| a row"
+                f"{first!r} and {name!r} were given different data (observed_data): their densities are of other rows "
+                "or in other units. A transformed model needs its log-Jacobian added, log |dy/dx| a row"
             )

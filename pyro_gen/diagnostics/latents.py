@@ -36,7 +36,7 @@ from torch.distributions import (
 )
 
 from pyro_gen import handlers
-from pyro_gen.base import Bounded, Program, check_count, describe
+from pyro_gen.base import SIGNS, Bounded, Program, check_count, describe
 
 __all__ = ["ActiveUnits", "LatentKL", "active_units", "kl_per_dimension", "posterior_means"]
 
@@ -54,6 +54,9 @@ class ActiveUnits:
 
     count: int
     variance: Tensor
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.variance.numel()}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,10 @@ class LatentKL:
     joint: Tensor
     joint_error: Tensor
     kind: Literal["exact", "estimate"]
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{float(v):.2f}" for v in self.value.flatten())
+        return f"{SIGNS[self.kind]} {float(self.joint):.2f} nats a row; by dimension {each}"
 
 
 def posterior_means(program: Program, x: Tensor, context: Tensor | None = None, *, site: str | None = None) -> Tensor:
@@ -97,7 +104,7 @@ def posterior_means(program: Program, x: Tensor, context: Tensor | None = None, 
         torch.Size([5, 2])
     """
     means = []
-    for q, _ in _latents(program, x, context, site):
+    for q, _ in latent_distributions(program, x, context, site):
         try:
             means.append(q.mean)
         except NotImplementedError as error:
@@ -187,7 +194,7 @@ def kl_per_dimension(
     check_count(num_samples, "num_samples")
     each, joint, rows = _Mean(num_samples), _Mean(num_samples), 0
     with handlers.forked_generators(seed) if seed is not None else nullcontext():
-        for q, p in _latents(program, x, context, site):
+        for q, p in latent_distributions(program, x, context, site):
             rows += q.batch_shape[0]
             each.add(_marginals(q, "guide"), _marginals(p, "prior"))
             joint.add(q, _as_multivariate(p) if isinstance(_inner(q), MultivariateNormal) else p)
@@ -218,7 +225,7 @@ class _Mean:
         return draws.mean(0), draws.std(0) / math.sqrt(len(draws))
 
 
-def _latents(program: Program, x: Tensor, context: Tensor | None, site: str | None) -> list[tuple[Any, Any]]:
+def latent_distributions(program: Program, x: Tensor, context: Tensor | None, site: str | None) -> list[tuple[Any, Any]]:
     """The guide's and the model's distribution of the latent, for ``ROWS`` rows at a time; leaves no trace."""
     if not isinstance(program, Bounded):
         raise TypeError(
@@ -278,7 +285,7 @@ def _marginals(d: Any, role: str) -> Any:
 
 def _unknown_marginals(d: Any, role: str) -> TypeError:
     return TypeError(
-        f"the {role} is a {type(_inner(d)).__name__}, whose single dimensions have no density of their own that is known; "
+        f"the {role} is a {type(_inner(d)).__name__}, whose single dimensions have no density that is known; "
         "known are independent dimensions, multivariate normals and mixtures of normals"
     )
 

@@ -55,6 +55,8 @@ def _tensors(d: Distribution) -> list[tuple[tuple[str, ...], Tensor]]:
 
 def _copied(d: Distribution) -> Distribution:
     result = copy.copy(d)
+    if not Distribution._validate_args:  # validation follows the moment, as for a distribution made now
+        result._validate_args = False
     for key, value in d.__dict__.items():
         if isinstance(value, Distribution):
             result.__dict__[key] = _copied(value)

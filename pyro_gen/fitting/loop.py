@@ -119,7 +119,7 @@ def fit(
         raise ValueError(f"progress must be True, False or None, got {describe(progress)}")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable as callback(step, values), got {describe(callback)}")
-    where = _home(module, data) if device is None else _named(device)
+    where = _home(module, data) if device is None else named_device(device)
     if device is not None:
         module.to(where)
     program = module.program
@@ -529,7 +529,7 @@ def _check_numbers(
         raise ValueError(f"seed must be an int, got {describe(seed)}")
 
 
-def _named(device: str | torch.device) -> torch.device:
+def named_device(device: str | torch.device) -> torch.device:
     """The device of a name, if there is one; ``"auto"`` takes CUDA where it can."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -98,8 +98,18 @@ class Evaluation:
 
 
 def kinds_of(sites: Mapping[str, Site], latents: Mapping[str, Any]) -> dict[str, SiteKind]:
-    """What each site is, in a trace conditioned on ``latents``, whose sites look observed there."""
-    return {n: "latent" if n in latents else site_kind(s) for n, s in sites.items()}
+    """What each site is, in a trace conditioned on ``latents``, whose sites look observed there.
+
+    A site that ``poutine.reparam`` replaced is a masked point mass at a function of others: a deterministic.
+    """
+
+    def kind(name: str, site: Site) -> SiteKind:
+        if name in latents:
+            return "latent"
+        computed = site["is_observed"] and getattr(site["fn"], "_mask", None) is False and is_point_mass(site)
+        return "deterministic" if computed else site_kind(site)
+
+    return {n: kind(n, s) for n, s in sites.items()}
 
 
 class Unobserve(Messenger):

@@ -98,6 +98,8 @@ def program_groups(
     site = next(
         (n for n in observed if n in model.sites and model.sites[n]["value"] is few[0]), next(iter(observed), "x")
     )
+    if isinstance(importance, int):  # what does not broadcast over draws is scored in another way
+        importance = ImportanceSampling(importance, vectorize_particles=said.method == "plate")
     _score_rows(parts, program, batch, importance, site, data)
     return parts
 
@@ -161,7 +163,7 @@ def _score_rows(
     parts: Parts,
     program: Program,
     batch: tuple[Tensor, ...],
-    importance: EvidenceMethod | int | None,
+    method: EvidenceMethod | None,
     site: str,
     data: str,
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import pyro
 import pyro.poutine as poutine
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from pyro_gen import handlers
@@ -56,8 +57,17 @@ def alone(seed: int = 0) -> Iterator[None]:
 
 
 def fresh(module: M) -> M:
-    """A copy to work on. A loss that has run before is to look at its program anew, in the store it then finds."""
-    copied = copy.deepcopy(module)
+    """A copy to work on. A loss that has run before is to look at its program anew, in the store it then finds.
+
+    Pyro's autoguides let go of the model they guide when they are copied, original and copy alike: both get it back.
+    """
+    guides = {n: m for n, m in module.named_modules() if isinstance(m, AutoGuide)}
+    guided, masters = {n: m._model for n, m in guides.items()}, {n: m.master for n, m in guides.items()}
+    copied, theirs = copy.deepcopy((module, guided))
+    for name, guide in guides.items():
+        guide._model, guide.master = guided[name], masters[name]
+        own: Any = copied.get_submodule(name)
+        own._model = theirs[name]
     if isinstance(copied, ObjectiveModule):
         copied.structure = None
         copied.__dict__["store_parameters"] = []
@@ -99,17 +109,27 @@ def answers(program: Program, *batch: Tensor, seed: int = 0) -> dict[str, Tensor
         asked["log_prob"] = lambda: program.log_prob(*batch)
     if isinstance(program, Unnormalized):
         asked["log_density"] = lambda: program.log_density(*batch)
-    if isinstance(program, Bounded) and not structure(program, *batch).global_sites:
-        asked["lower_bound"] = lambda: bound(program, batch)
+    if isinstance(program, Bounded):
+        if structure(program, *batch).global_sites:
+            asked["log weight"] = lambda: _whole_weight(program, *batch)
+        else:
+            asked["lower_bound"] = lambda: bound(program, batch)
     if isinstance(program, Samples):
         asked["sample"] = lambda: program.sample(batch[0].shape[0], *batch[1:])
     with torch.no_grad():
         return {name: at_seed(seed, ask) for name, ask in asked.items()}
 
 
+def _whole_weight(program: Program, *batch: Tensor) -> Tensor:
+    """log w of one run: all that there is of a density where latents belong to all rows at once."""
+    with poutine.block():
+        guide, model = handlers.pair_traces(program.model, program.guide, *batch)
+    return torch.as_tensor(model.log_prob_sum() - guide.log_prob_sum())
+
+
 def bound(program: Bounded, batch: tuple[Tensor, ...], particles: int = 1) -> Tensor:
     """The lower bound of each row of a batch ``(x,)`` or ``(x, context)``."""
-    return program.lower_bound(batch[0], *batch[1:2] or (None,), particles=particles)
+    return program.lower_bound(batch[0], batch[1] if len(batch) > 1 else None, particles)
 
 
 def at_seed(seed: int, ask: Callable[[], Tensor]) -> Tensor:
@@ -137,7 +157,8 @@ def draws(draw: Callable[[], Tensor], repeats: int = DRAWS) -> tuple[Tensor, Ten
     values = [draw().double(), draw().double()]
     if torch.equal(*values):
         return values[0], torch.zeros_like(values[0])
-    values += [draw().double() for _ in range(repeats - 2)]
+    with pyro.validation_enabled(False):  # the two above were looked at
+        values += [draw().double() for _ in range(repeats - 2)]
     stacked = torch.stack(values)
     return stacked.mean(0), stacked.std(0) / math.sqrt(repeats)
 

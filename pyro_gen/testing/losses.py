@@ -213,6 +213,7 @@ def check_one_device(module: ObjectiveModule, *batch: Tensor) -> None:
         module = fresh(module)
         module.prepare(*batch)
         moved = module.to("meta")
+        pyro.clear_param_store()  # of the parameters as they were on the CPU
         there = tuple(t.to("meta") for t in batch)
         with pyro.validation_enabled(False), OneDevice():
             loss: Any = sum(moved.losses(*there, total=None))

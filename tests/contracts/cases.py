@@ -155,8 +155,7 @@ class Case:
         objectives: names in `OBJECTIVES`; None for `USUAL` of its kind.
         store: parameters that live in Pyro's global store: ``"always"`` (``pyro.param``), or ``"in global mode"``
             (``PyroParam``, autoguides). What lives there is not compiled.
-        broadcasts: takes a plate of particles around it.
-        trains: False leaves the long trajectories to a sibling.
+        discrete: the data stand on a discrete support, so that its density has no score.
     """
 
     name: str
@@ -165,7 +164,7 @@ class Case:
     context: Data | None = None
     objectives: tuple[str, ...] | None = None
     store: str = "never"
-    broadcasts: bool = True
+    discrete: bool = False
 
     def build(self) -> tuple[Program, tuple[Tensor, ...]]:
         """The program and its batch, the same each time."""
@@ -217,3 +216,8 @@ OBJECTIVES: dict[str, Objective[Any]] = {
     "stl": pg.IWAE(3, gradient="stl"),
     "likelihood": pg.MaximumLikelihood(),
 }
+
+
+def objectives_of(case: Case) -> tuple[str, ...]:
+    """Names of the objectives that a case is trained by."""
+    return case.objectives or ("elbo", "iwae")

@@ -1,0 +1,116 @@
+"""Every objective on every program of `cases.py` that it trains, through the promises of a loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from contracts.cases import CASES, OBJECTIVES, Case, objectives_of
+
+import pyro_gen as pg
+from pyro_gen import testing
+from pyro_gen.base import Objective, ObjectiveModule, Program
+from pyro_gen.compiled import why_not
+
+PAIRS = [pytest.param(case, name, id=f"{name} on {case.name}") for case in CASES for name in objectives_of(case)]
+FIRST = [pytest.param(case, objectives_of(case)[0], id=f"{objectives_of(case)[0]} on {case.name}") for case in CASES]
+MODES = pytest.mark.parametrize("local", [False, True], ids=["global", "local"], indirect=True)
+on_all = pytest.mark.parametrize(("case", "name"), PAIRS)
+
+
+@pytest.fixture
+def local(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Both of Pyro's parameter modes: parameters in the global store, or in their modules."""
+    with pyro.settings.context(module_local_params=request.param):
+        yield request.param
+
+
+def bind(case: Case, name: str) -> tuple[ObjectiveModule, tuple[torch.Tensor, ...]]:
+    program, batch = case.build()
+    return OBJECTIVES[name](program), batch
+
+
+def prepared(module: ObjectiveModule, batch: tuple[torch.Tensor, ...]) -> ObjectiveModule:
+    with pyro.get_param_store().scope():
+        module.prepare(*batch)
+    return module
+
+
+def test_every_objective_and_every_kind_is_here() -> None:
+    public = {name for name in pg.__all__ if isinstance(getattr(pg, name), type)}
+    objectives = {n for n in public if issubclass(getattr(pg, n), Objective)}
+    assert objectives == {type(OBJECTIVES[name]).__name__ for case in CASES for name in objectives_of(case)}
+    families = {n for n in public if issubclass(getattr(pg, n), Program) and getattr(pg, n).__module__ != "pyro_gen.base"}
+    assert families <= {type(case.build()[0]).__name__ for case in CASES}
+
+
+@on_all
+def test_declared_facts_hold(case: Case, name: str) -> None:
+    module, batch = bind(case, name)
+    testing.check_declared(module, *batch)
+
+
+@MODES
+@on_all
+def test_gradient_reaches_what_it_should(case: Case, name: str, local: bool) -> None:
+    module, batch = bind(case, name)
+    testing.check_gradients(module, *batch)
+
+
+@on_all
+def test_pointwise_adds_up(case: Case, name: str) -> None:
+    module, batch = bind(case, name)
+    shape = prepared(copy_of(module), batch).structure
+    assert shape is not None
+    if shape.global_sites:
+        with pytest.raises(ValueError, match="stands outside"):
+            module.pointwise(*batch)
+    else:
+        testing.check_pointwise(module, *batch)
+
+
+@on_all
+def test_minibatches_average_to_the_full_batch(case: Case, name: str) -> None:
+    module, batch = bind(case, name)
+    testing.check_batches(module, *batch)
+
+
+@on_all
+def test_total_scales_rows(case: Case, name: str) -> None:
+    module, batch = bind(case, name)
+    testing.check_total(module, *batch)
+
+
+@MODES
+@pytest.mark.parametrize(("case", "name"), [*FIRST, *[p for p in PAIRS if p.values[0].name == "vae"][1:]])
+def test_svi_loop_and_fit_take_the_same_steps(case: Case, name: str, local: bool) -> None:
+    program, batch = case.build()
+    testing.check_trainers(OBJECTIVES[name], program, *batch)
+
+
+@on_all
+def test_one_device(case: Case, name: str) -> None:
+    if case.store == "always":
+        pytest.skip("pyro.param statements live where their initial values do")
+    module, batch = bind(case, name)
+    testing.check_one_device(module, *batch)
+
+
+@MODES
+@on_all
+def test_traced_steps_are_the_eager_steps(case: Case, name: str, local: bool) -> None:
+    module, batch = bind(case, name)
+    if case.compiles(local):
+        testing.check_traced(module, *batch, steps=30)
+    else:
+        assert why_not(prepared(module, batch))
+        with pytest.raises(AssertionError, match="store"):
+            testing.check_traced(module, *batch)
+
+
+def copy_of(module: Any) -> Any:
+    return copy.deepcopy(module)
