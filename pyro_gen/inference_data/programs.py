@@ -170,12 +170,9 @@ def _score_rows(
     """Add what each row is worth: its evidence where there is one, its log-density, or nothing."""
     dims = (*SAMPLE_DIMS, data)
     if isinstance(program, (Bounded, Exact)):
-        if importance is None and not isinstance(program, Exact):
+        if method is None and not isinstance(program, Exact):
             return
-        method = (
-            ImportanceSampling(importance or 1) if importance is None or isinstance(importance, int) else importance
-        )
-        evidence = log_evidence(program, *batch, method=method)
+        evidence = log_evidence(program, *batch, method=method or ImportanceSampling(1))  # an exact one needs none
         mean = evidence.mean()
         attrs: dict[str, Any] = {"kind": evidence.kind, "likelihood_kind": "exact", "units": "nats"}
         if not isinstance(program, Exact):

@@ -101,7 +101,7 @@ class Axes:
 def _named(tensor: Tensor, shape: Sequence[int], names: Sequence[str | None], **more: Any) -> Variable:
     lead = () if tensor.dim() == len(shape) else SAMPLE_DIMS
     stay = [k for k, name in enumerate(names) if name is not None]
-    values = tensor.reshape(*tensor.shape[: len(lead)], *(shape[k] for k in stay))
+    values = tensor.reshape((*tensor.shape[: len(lead)], *(shape[k] for k in stay)))
     return Variable(to_array(values), (*lead, *(str(names[k]) for k in stay)), **more)
 
 

@@ -39,7 +39,8 @@ def test_no_digit_is_lost_far_from_the_location() -> None:
     width = torch.log(-torch.expm1(-1 / scale.detach()))
     torch.testing.assert_close(log_p.detach(), near + width, rtol=1e-5, atol=1e-4)
     log_p.sum().backward()
-    assert torch.isfinite(loc.grad).all() and torch.isfinite(scale.grad).all()
+    assert torch.isfinite(loc.grad).all()
+    assert torch.isfinite(scale.grad).all()
 
 
 def test_moments_and_draws() -> None:
@@ -53,7 +54,8 @@ def test_moments_and_draws() -> None:
     torch.manual_seed(0)
     n = 40_000
     x = d.sample((n,))
-    assert x.shape == (n, 3) and bool(d.support.check(x).all())
+    assert x.shape == (n, 3)
+    assert bool(d.support.check(x).all())
     counts = torch.stack([(x == level).sum(0) for level in k]).double()
     standard = (counts - n * p) / (n * p * (1 - p)).sqrt().clamp_min(1e-3)
     assert bool((standard[n * p > 5].abs() < 4.5).all())  # 51 cells: beyond 4.5 sigma once in 3000 runs
@@ -125,7 +127,8 @@ def test_likelihoods_read_blocks_of_the_decoder(name: str, options: dict, maps: 
     assert made.maps == maps
     raw = torch.randn(6, 2, maps, *SHAPE)
     d = made(raw)
-    assert d.batch_shape == (6, 2) and d.event_shape == SHAPE
+    assert d.batch_shape == (6, 2)
+    assert d.event_shape == SHAPE
     x = d.sample()
     made.check(x)
     assert d.log_prob(x).shape == (6, 2)
@@ -153,7 +156,7 @@ def test_constant_columns_have_no_maximum() -> None:
     x = torch.randn(10, 3)
     x[:, 1] = 2.0
     for scale in ("feature", "predicted"):
-        with pytest.raises(ValueError, match="constant in column 1 .*scale='shared'"):
+        with pytest.raises(ValueError, match=r"constant in column 1 .*scale='shared'"):
             likelihood("normal", torch.Size((3,)), scale=scale).check_training(x)
     likelihood("normal", torch.Size((3,)), scale="shared").check_training(x)
     likelihood("normal", torch.Size((3,)), scale=0.1).check_training(x)

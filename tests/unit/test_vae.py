@@ -16,7 +16,8 @@ def test_shapes() -> None:
     vae = pg.VAE(6, latent_dim=3, hidden=(8,))
     x = torch.randn(5, 6)
     q = vae.encode(x)
-    assert q.batch_shape == (5,) and q.event_shape == (3,)
+    assert q.batch_shape == (5,)
+    assert q.event_shape == (3,)
     assert vae.decode(torch.randn(2, 5, 3)).batch_shape == (2, 5)
     assert vae.decode(torch.randn(2, 5, 3)).event_shape == (6,)
     assert vae.reconstruct(x).shape == x.shape
