@@ -26,7 +26,7 @@ out.mkdir(exist_ok=True)
 train, validation, test = pg.datasets.digits(levels=17)
 vae = pg.VAE(64, latent_dim=8, likelihood="discretized_logistic", levels=17)
 result = pg.fit(
-    pg.ELBO()(vae), train, steps=200 if quick else 4000, batch_size=128, lr=2e-3, schedule="cosine",
+    pg.ELBO()(vae), train, steps=200 if quick else 2000, batch_size=128, lr=2e-3, schedule="cosine",
     validation=validation, seed=0,
 )  # fmt: skip
 print(result)

@@ -10,6 +10,7 @@ on demand, the rest not at all.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,9 @@ def compare(
     _check_rows(scores)
     if major() == 0:
         options = {"ic": "loo", "scale": "log", **options}
-    table = arviz_function("compare")({name: s.elpd for name, s in scores.items()}, **options)
+    with warnings.catch_warnings():  # of pandas, about what ArviZ does with it
+        warnings.filterwarnings("ignore", "The inplace keyword")
+        table = arviz_function("compare")({name: s.elpd for name, s in scores.items()}, **options)
     table["kind"] = [scores[name].kind for name in table.index]
     table["mc_se"] = [scores[name].mc_se for name in table.index]
     result: pd.DataFrame = table

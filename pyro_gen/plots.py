@@ -8,7 +8,6 @@ one panel take ``ax=`` to draw into another figure. Axes carry units; colours ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +30,7 @@ __all__ = ["latent", "loss", "pareto_k", "reconstructions", "samples"]
 BLUE, ORANGE, GREEN, VERMILION, GREY, LIGHT = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6E6E6E", "#D9D9D9"
 TEN = ("#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499", "#7A7A7A")
 INK = 0.45  # mean grey below which high values are shown dark
-GAP = 0.85  # grey between tiles
+TILE, GREY_LINE = 48, 0.8  # pixels of a tile, at least, and the grey between tiles
 SMALLEST_IMAGE = 64  # features that a flat row needs to be taken for a square image
 
 
@@ -152,21 +151,14 @@ def samples(
     parts = {name: part.detach().cpu().double() for name, part in panels}
     if shape is not None:
         sheets = _sheets([part.reshape(-1, *shape) for part in parts.values()], math.ceil(math.sqrt(len(rows[0]))))
-        figure = _figure(3.1 * len(parts), 3.0 * sheets[0].shape[0] / sheets[0].shape[1] + 0.35)
+        figure = _figure(3.1 * len(parts), 2.9 * sheets[0].shape[0] / sheets[0].shape[1] + 0.3)
         figure.get_layout_engine().set(w_pad=0.1)  # type: ignore[union-attr, call-arg]
         for ax, name, sheet in zip(figure.subplots(1, len(parts)), parts, sheets, strict=True):
             _show_image(ax, sheet)
             ax.set_title(name, fontsize=10)
         return figure
-    figure = _figure(3.1 * len(parts) + 0.2, 3.4)
-    axes = figure.subplots(1, len(parts))
     flat = {name: part.reshape(len(part), -1) for name, part in parts.items()}
-    if flat["data"].shape[1] == 1:
-        _histograms(axes, flat)
-    else:
-        flat, labels = _two_dimensional(flat)
-        _scatters(axes, flat, labels)
-    return figure
+    return _histograms(flat) if flat["data"].shape[1] == 1 else _scatters(flat)
 
 
 def reconstructions(
@@ -248,21 +240,23 @@ def _sheets(parts: list[Tensor], columns: int) -> list[Tensor]:
     parts = [part if part.shape[1] == 3 else part[:, :1] for part in parts]
     low, high = parts[0].min(), parts[0].max()
     parts = [((part - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) for part in parts]
-    ink = parts[0].shape[1] == 1 and float(parts[0].mean()) < INK
-    return [_tiled((1 - part if ink else part).expand(-1, 3, -1, -1), columns) for part in parts]
+    if parts[0].shape[1] == 1 and float(parts[0].mean()) < INK:
+        parts = [1 - part for part in parts]
+    return [_tiled(part.expand(-1, 3, -1, -1), columns) for part in parts]
 
 
 def _tiled(images: Tensor, columns: int) -> Tensor:
+    enlarged = math.ceil(
+        TILE / min(images.shape[2:])
+    )  # so that the line between tiles is thinner than a pixel of theirs
+    images = images.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
     count, _, height, width = images.shape
-    rows, gap = math.ceil(count / columns), max(1, min(height, width) // 12)
-    sheet = torch.ones(rows * (height + gap) - gap, columns * (width + gap) - gap, 3, dtype=images.dtype)
+    rows, line = math.ceil(count / columns), TILE // 16
+    sheet = torch.ones(rows * (height + line) - line, columns * (width + line) - line, 3, dtype=images.dtype)
     for i, image in enumerate(images):
-        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        top, left = (i // columns) * (height + line), (i % columns) * (width + line)
+        sheet[max(0, top - line) : top + height, max(0, left - line) : left + width] = GREY_LINE
         sheet[top : top + height, left : left + width] = image.permute(1, 2, 0)
-        if i % columns:
-            sheet[top : top + height, left - gap : left] = GAP
-        if i >= columns:
-            sheet[top - gap : top, max(0, left - gap) : left + width] = GAP
     return sheet
 
 
@@ -276,38 +270,40 @@ def _show_image(ax: Axes, sheet: Tensor) -> None:
 COLOURS = {"data": BLUE, "reconstructed": GREEN, "generated": VERMILION}
 
 
-def _histograms(axes: Sequence[Axes], parts: dict[str, Tensor]) -> None:
-    low, high = _limits(parts["data"].flatten())
-    bins = torch.linspace(low, high, 31).tolist()
-    for ax, (name, part) in zip(axes, parts.items(), strict=True):
+def _histograms(parts: dict[str, Tensor]) -> Figure:
+    figure = _figure(3.1 * len(parts), 2.8)
+    bins = torch.linspace(*_limits(parts["data"].flatten()), 31).tolist()
+    for ax, (name, part) in zip(figure.subplots(1, len(parts)), parts.items(), strict=True):
         ax.hist(part.flatten().numpy(), bins=bins, color=COLOURS[name], density=True)
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("x")
-        ax.sharey(axes[0])
         _tidy(ax)
-    axes[0].set_ylabel("density")
+    figure.axes[0].set_ylabel("density")
+    figure.axes[-1].sharey(figure.axes[0])  # a reconstruction may be far narrower
+    return figure
 
 
-def _two_dimensional(parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, str]]:
-    """Two coordinates of every part: its own, or the first two principal components of the data."""
-    data = parts["data"]
-    if data.shape[1] == 2:
-        return parts, ("$x_1$", "$x_2$")
-    centre, axes, shares = _principal(data)
-    first, second = (f"component {i + 1} of the data ({100 * shares[i]:.0f} %)" for i in range(2))
-    return {name: (part - centre) @ axes for name, part in parts.items()}, (first, second)
-
-
-def _scatters(axes: Sequence[Axes], parts: dict[str, Tensor], labels: tuple[str, str]) -> None:
-    for ax, (name, part) in zip(axes, parts.items(), strict=True):
+def _scatters(parts: dict[str, Tensor]) -> Figure:
+    labels = ["$x_1$", "$x_2$"]
+    if parts["data"].shape[1] > 2:
+        centre, directions, shares = _principal(parts["data"])
+        labels = [f"component {i + 1} ({100 * float(share):.0f} % of variance)" for i, share in enumerate(shares)]
+        parts = {name: (part - centre) @ directions for name, part in parts.items()}
+    across, up = (_limits(parts["data"][:, i]) for i in range(2))
+    ratio = (up[1] - up[0]) / (across[1] - across[0])
+    equal = 0.4 < ratio < 1.6
+    figure = _figure(3.1 * len(parts), 2.7 * ratio + 0.8 if equal else 3.2)
+    for ax, (name, part) in zip(figure.subplots(1, len(parts), sharey=True), parts.items(), strict=True):
         ax.scatter(part[:, 0], part[:, 1], s=6, color=COLOURS[name], alpha=0.6, linewidths=0)
         ax.set_title(name, fontsize=10)
-        ax.set_xlim(*_limits(parts["data"][:, 0]))
-        ax.set_ylim(*_limits(parts["data"][:, 1]))
+        ax.set_xlim(*across)
+        ax.set_ylim(*up)
         ax.set_xlabel(labels[0])
-        ax.set_aspect("equal", adjustable="box")
+        if equal:
+            ax.set_aspect("equal", adjustable="box")
         _tidy(ax)
-    axes[0].set_ylabel(labels[1])
+    figure.axes[0].set_ylabel(labels[1])
+    return figure
 
 
 # ------------------------------------------------------------------------------------------------------------- latent
@@ -322,7 +318,8 @@ def latent(
 ) -> Figure:
     """Posterior means of the latent, a point a row, over draws of the prior in grey; coloured by label if given.
 
-    A latent of more than two dimensions is shown along the first two principal components of the means.
+    A latent of more than two dimensions is shown along the first two principal components of the means, one of a single
+    dimension as a histogram.
 
     Args:
         program: a program with a guide over one latent, as a VAE.
@@ -349,53 +346,68 @@ def latent(
     with handlers.forked_generators(seed):
         draws = torch.cat([prior.sample() for _, prior in latent_distributions(program, x, context, None)])
     draws = draws.detach().cpu().double().reshape(len(draws), -1)[:2000]
-    if means.shape[1] == 1:
-        means, draws = (torch.cat([z, torch.zeros_like(z)], 1) for z in (means, draws))
-        names = ("$z$", "")
-    elif means.shape[1] == 2:
-        names = ("$z_1$", "$z_2$")
+    groups = _grouped(labels, len(means))
+    ax = ax or _figure(5.0 + 0.6 * (len(groups) > 1), 4.6).add_subplot()
+    if means.shape[1] == 1 and not groups:
+        ax.scatter(means[:, 0], _listed(labels), s=12, color=BLUE, alpha=0.8, linewidths=0, label="posterior mean")
+        names = ["$z$", "label"]
+    elif means.shape[1] == 1:
+        bins = torch.linspace(*_limits(torch.cat([means, draws]).flatten()), 41).tolist()
+        weight = len(means) / len(draws)
+        ax.hist(draws[:, 0].numpy(), bins=bins, weights=[weight] * len(draws), color=LIGHT, label="prior")
+        classes, chosen, colours = zip(*groups, strict=True)
+        stack = [means[rows, 0].numpy() for rows in chosen]
+        ax.hist(stack, bins=bins, stacked=True, alpha=0.8, color=colours, label=classes)
+        names = ["$z$", "rows"]
     else:
-        centre, axes, shares = _principal(means)
-        means, draws = (means - centre) @ axes, (draws - centre) @ axes
-        first, second = (f"component {i + 1} of the means ({100 * shares[i]:.0f} % of variance)" for i in range(2))
-        names = (first, second)
-    ax = ax or _figure(5.2, 4.6).add_subplot()
-    ax.scatter(draws[:, 0], draws[:, 1], s=5, color=LIGHT, linewidths=0, zorder=0, label="draws of the prior")
-    if labels is None:
-        ax.scatter(means[:, 0], means[:, 1], s=12, color=BLUE, alpha=0.8, linewidths=0, label="posterior mean")
-    else:
-        _scatter_labelled(ax, means, labels)
+        names = ["$z_1$", "$z_2$"]
+        if means.shape[1] > 2:
+            centre, directions, shares = _principal(means)
+            means, draws = (means - centre) @ directions, (draws - centre) @ directions
+            names = [
+                f"component {i + 1} of the means ({100 * float(s):.0f} % of variance)" for i, s in enumerate(shares)
+            ]
+        ax.scatter(draws[:, 0], draws[:, 1], s=5, color=LIGHT, linewidths=0, zorder=0, label="prior")
+        if groups:
+            for name, rows, colour in groups:
+                ax.scatter(means[rows, 0], means[rows, 1], s=12, color=colour, alpha=0.85, linewidths=0, label=name)
+        else:
+            marks = ax.scatter(means[:, 0], means[:, 1], c=_listed(labels), cmap="viridis", s=12, linewidths=0)
+            bar = _figure_of(ax).colorbar(marks, ax=ax, shrink=0.7)
+            bar.set_label("label", fontsize=9)
+            bar.ax.tick_params(labelsize=8)
+            bar.outline.set_visible(False)
+        ax.set_aspect("equal", adjustable="datalim")
     ax.set_xlabel(names[0])
     ax.set_ylabel(names[1])
-    if not names[1]:
-        ax.set_yticks([])
-    else:
-        ax.set_aspect("equal", adjustable="datalim")
     _tidy(ax)
-    if len(ax.get_legend_handles_labels()[0]) > 2:  # classes: too many to stand among the points
+    if len(groups) > 1:  # too many to stand among the points
         ax.legend(frameon=False, fontsize=8, markerscale=1.6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     else:
         ax.legend(fontsize=8, markerscale=1.6, loc="upper left", edgecolor="none")
     return _figure_of(ax)
 
 
-def _scatter_labelled(ax: Axes, points: Tensor, labels: Any) -> None:
-    values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-    if len(values) != len(points):
-        raise ValueError(f"labels must be one a row: got {len(values)} for {len(points)} rows")
+def _listed(labels: Any) -> list[Any]:
+    return list(labels.tolist() if hasattr(labels, "tolist") else labels)
+
+
+Group = tuple[str, Tensor, str]  # its name, which rows are in it, its colour
+
+
+def _grouped(labels: Any, rows: int) -> list[Group]:
+    """Rows by class; one group where there are no labels, none where labels are numbers on a scale."""
+    if labels is None:
+        return [("posterior mean", torch.ones(rows, dtype=torch.bool), BLUE)]
+    values = _listed(labels)
+    if len(values) != rows:
+        raise ValueError(f"labels must be one a row: got {len(values)} for {rows} rows")
     classes = sorted(set(values))
-    if all(isinstance(v, float) for v in values) or len(classes) > len(TEN):
-        if any(isinstance(v, str) for v in values):
-            raise ValueError(f"labels name {len(classes)} classes, and colours tell {len(TEN)} apart: merge some")
-        marks = ax.scatter(points[:, 0], points[:, 1], c=values, cmap="viridis", s=12, linewidths=0)
-        bar = _figure_of(ax).colorbar(marks, ax=ax, shrink=0.7)
-        bar.set_label("label", fontsize=9)
-        bar.ax.tick_params(labelsize=8)
-        bar.outline.set_visible(False)
-        return
-    for value, colour in zip(classes, TEN, strict=False):
-        chosen = points[torch.tensor([v == value for v in values])]
-        ax.scatter(chosen[:, 0], chosen[:, 1], s=12, color=colour, alpha=0.85, linewidths=0, label=str(value))
+    if len(classes) <= len(TEN) and not any(isinstance(v, float) for v in values):
+        return [(str(c), torch.tensor([v == c for v in values]), TEN[i]) for i, c in enumerate(classes)]
+    if any(isinstance(v, str) for v in values):
+        raise ValueError(f"labels name {len(classes)} classes, and colours tell {len(TEN)} apart: merge some")
+    return []
 
 
 # ----------------------------------------------------------------------------------------------------------- pareto k
@@ -440,12 +452,8 @@ def pareto_k(evidence: Evidence | Tensor, *, ax: Axes | None = None) -> Figure:
     )  # fmt: skip
     above = int((values > PARETO_K_LIMIT).sum())
     notes = [f"{above} of {len(values)} rows above {PARETO_K_LIMIT}"]
-    for count, what in (
-        (int((values == -math.inf).sum()), "−∞ (equal weights)"),
-        (int((values == math.inf).sum()), "∞"),
-    ):
-        if count:
-            notes.append(f"{count} at {what}")
+    others = {"−∞ (equal weights)": values == -math.inf, "∞": values == math.inf, "nan": values.isnan()}
+    notes += [f"{int(rows.sum())} at {what}" for what, rows in others.items() if bool(rows.any())]
     ax.set_title("; ".join(notes), fontsize=9, loc="left", color=VERMILION if above else "black")
     ax.set_xlabel(r"tail index $\hat k$ of a row's importance weights")
     ax.set_ylabel("rows")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -17,7 +19,7 @@ from pyro_gen.cli.training import fit
 __all__ = ["app", "main"]
 
 # what the parser raises for a wrong option; typer brings its own click or uses click's, by version
-_ParserError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_ParserError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 EPILOG = """[bold]Begin here[/bold]
 
@@ -31,15 +33,29 @@ EPILOG = """[bold]Begin here[/bold]
 
 
 class _Commands(TyperGroup):
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
-        standalone = extra.pop("standalone_mode", True)
+    def invoke(self, ctx: Any) -> Any:
         try:
-            status = super().main(args=args, prog_name=prog_name, standalone_mode=False, **extra)
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("pyro-gen: interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        try:
+            status = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except (_ParserError, BadInput, OSError, ValueError, TypeError, ImportError, ArithmeticError) as error:
             status = _report(error)
-        except (KeyboardInterrupt, typer.Abort):
+        except typer.Abort:
             status = INTERRUPTED
-        if not standalone:
+        if not standalone_mode:
             return status
         sys.exit(status if isinstance(status, int) else 0)
 
@@ -98,11 +114,13 @@ def _root(
         typer.echo(context.get_help())
 
 
-app.command("fit", no_args_is_help=False)(fit)
-app.command("sample")(sample)
-app.command("evaluate")(evaluate)
+for _command in (fit, sample, evaluate):
+    # lines of a docstring are no lines of the help, which is as wide as the terminal
+    app.command(_command.__name__, help=re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_command.__doc__ or "")))(
+        _command
+    )
 
 
 def main() -> None:
     """The entry point of ``pyro-gen`` and ``python -m pyro_gen``."""
-    app()
+    app(prog_name="pyro-gen")

@@ -7,10 +7,11 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyro_gen.cli.building import evidence_method
 from pyro_gen.cli.errors import BadInput, about
 from pyro_gen.cli.runs import Run
 from pyro_gen.cli.sources import Data, read_data, read_file
@@ -27,15 +28,17 @@ __all__ = ["evaluate", "report"]
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder written by pyro-gen fit.", show_default=False)],
     data: Annotated[
-        Optional[str],
-        typer.Option(metavar="digits|FILE", help="Other data, all rows of a file.", show_default="test rows of the run"),
+        str | None,
+        typer.Option(
+            metavar="digits|FILE", help="Other data, all rows of a file.", show_default="test rows of the run"
+        ),
     ] = None,
     header: Annotated[bool, typer.Option("--header", help="Skip the first line of a .csv file.")] = False,
     delimiter: Annotated[
-        Optional[str], typer.Option(help="Between the cells of a .csv file.", show_default="comma")
+        str | None, typer.Option(help="Between the cells of a .csv file.", show_default="comma")
     ] = None,
     importance_samples: Annotated[
-        Optional[int], typer.Option(metavar="K", help="Draws of the guide for each row.", show_default="as in the run")
+        int | None, typer.Option(metavar="K", help="Draws of the guide for each row.", show_default="as in the run")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto takes CUDA where there is one.")] = "auto",
@@ -101,7 +104,8 @@ class Measured:
         from pyro_gen.base import PARETO_K_LIMIT
 
         mean, rows = self.evidence.mean(), len(self.evidence)
-        first = f"log p(x) {mean} nats per datum, {mean.kind}, {rows} {rows_of}, {self.method}"
+        kind = {"exact": "exact", "estimate": "an estimate", "lower bound": "a lower bound"}.get(mean.kind, mean.kind)
+        first = f"log p(x) {mean} nats per datum: {kind} for {rows} {rows_of}, by {self.method}"
         if (tail := self.tail()) is None:
             return first
         above, median, worst = tail
@@ -152,12 +156,10 @@ class _Known:
 
 def report(run: Run, result: FitResult, content: Data, begun: float) -> None:
     """The end of a fit: evidence, posterior and figures into the folder, and what came out in a few lines."""
-    from pyro_gen import ImportanceSampling
     from pyro_gen.inference_data import to_inference_data
 
     options = run.options
-    method = ImportanceSampling(options["importance_samples"], seed=options["seed"])
-    measured = measure(result.program, content.test, method)
+    measured = measure(result.program, content.test, evidence_method(options))
     run.file("evidence.json").write_text(json.dumps(measured.facts(), indent=2) + "\n", encoding="utf-8")
     device = result.program.template().device
     test = tuple(part.to(device) for part in content.test)
@@ -169,7 +171,7 @@ def report(run: Run, result: FitResult, content: Data, begun: float) -> None:
         draw(run, result, test, measured.evidence, content.labels)
     whole = time.perf_counter() - begun
     rows_of = f"test rows of {_short(content.facts['source'])}"
-    typer.echo(str(result))
+    typer.echo(str(result).removeprefix("FitResult(").removesuffix(")"))
     typer.echo(measured.sentence(rows_of))
     typer.echo(f"{whole:.1f} s in all: fit {result.seconds:.1f} s, evidence {measured.seconds:.1f} s")
     typer.echo(f"run folder: {run.folder} ({', '.join(sorted(_written(run)))})")

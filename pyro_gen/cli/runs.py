@@ -60,10 +60,18 @@ class Run:
                 words += [option, shlex.quote(str(value))]
         return " ".join([*words, "--out", shlex.quote(str(self.folder))])
 
+    def require_new(self) -> None:
+        """Refuse a folder that exists."""
+        try:
+            taken = self.folder.exists() or self.folder.is_symlink()
+        except OSError as error:  # a name that is too long, a parent that may not be read
+            raise BadInput(f"--out: {describe(error)}; name a folder that can be written") from error
+        if taken:
+            raise BadInput(f"--out: {self.folder} exists: name a new folder, or go on with that run by --resume")
+
     def create(self) -> None:
         """Make the folder; it must not exist yet."""
-        if self.folder.exists() or self.folder.is_symlink():
-            raise BadInput(f"--out: {self.folder} exists: name a new folder, or go on with that run by --resume")
+        self.require_new()
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ def sample(
     number: Annotated[int, typer.Option("--number", "-n", help="Rows to draw.")] = 64,
     seed: Annotated[int, typer.Option(help="The same seed, the same draws.")] = 0,
     out: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(
             metavar="FILE", help="Where to: .npy, .pt, or .png for a picture.", show_default="RUN/samples.npy"
         ),

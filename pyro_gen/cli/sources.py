@@ -26,7 +26,9 @@ class Data(NamedTuple):
 
     def describe(self) -> str:
         rows = self.facts["rows"]
-        return f"{self.facts['source']}: {rows['train']} train, {rows['validation']} validation, {rows['test']} test rows"
+        return (
+            f"{self.facts['source']}: {rows['train']} train, {rows['validation']} validation, {rows['test']} test rows"
+        )
 
 
 def read_data(options: dict[str, Any]) -> Data:
@@ -45,7 +47,7 @@ def _digits(options: dict[str, Any]) -> Data:
             raise BadInput(f"{option}: the digits are split once and for all (1200, 237, 360 rows): leave it out")
     if options.get("header"):
         raise BadInput("--header is for .csv files: leave it out with --data digits")
-    levels = options["levels"] or (2 if options["likelihood"] == "bernoulli" else 17)
+    levels: Any = options["levels"] or (2 if options["likelihood"] == "bernoulli" else 17)
     if levels not in (2, 17):
         raise BadInput(f"--levels must be 2 (black and white) or 17 (grey) for --data digits, got {levels}")
     flat = options["network"] != "conv"
@@ -72,7 +74,8 @@ def _file(options: dict[str, Any]) -> Data:
     if min(held, tested) < 1 or n - held - tested < 2:
         raise BadInput(
             f"--validation {fractions['--validation']} and --test {fractions['--test']} of {n} rows leave "
-            f"{n - held - tested} to train, {held} to validate and {tested} to test on: give more rows or other fractions"
+            f"{n - held - tested} to train, {held} to validate and {tested} to test on: give more rows or "
+            "other fractions"
         )
     order = torch.from_numpy(np.random.default_rng(options["split_seed"] or 0).permutation(n))
     train, validation, test = (
@@ -89,7 +92,7 @@ def read_file(options: dict[str, Any]) -> tuple[Tensor, ...]:
         path = Path(options["data"]).expanduser()
         if not path.exists() and not path.suffix:
             raise BadInput(f"--data: {path} is neither 'digits' nor a file: name a .npy, .npz, .csv or .pt file")
-        given = {"header": True} if options.get("header") else {}
+        given: dict[str, Any] = {"header": True} if options.get("header") else {}
         if options.get("delimiter") is not None:
             given["delimiter"] = options["delimiter"]
         content = load(path, **given)
@@ -109,4 +112,10 @@ def _made(
     from pyro_gen.fitting.checkpoints import checksum
 
     rows = {"train": len(train[0]), "validation": len(validation[0]), "test": len(test[0])}
-    return Data(train, validation, test, labels, {"source": source, "crc32": checksum((*train, *validation, *test)), "rows": rows})
+    return Data(
+        train,
+        validation,
+        test,
+        labels,
+        {"source": source, "crc32": checksum((*train, *validation, *test)), "rows": rows},
+    )

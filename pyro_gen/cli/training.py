@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyro_gen.cli.errors import DIVERGED, INTERRUPTED, BadInput, about, deliberate, one_line
+from pyro_gen.cli.building import BATCH_SIZE, build, evidence_method, fit_options
+from pyro_gen.cli.errors import DIVERGED, INTERRUPTED, BadInput, deliberate, one_line
 from pyro_gen.cli.evaluating import report
 from pyro_gen.cli.runs import Run
 from pyro_gen.cli.sources import TEST, VALIDATION, Data, read_data
 
 if TYPE_CHECKING:
-    from pyro_gen.base import ObjectiveModule, Program
+    from pyro_gen.base import ObjectiveModule
     from pyro_gen.fitting import FitResult
 
 __all__ = ["fit"]
 
 FAMILIES = ("vae",)
 NOT_KEPT = ("out", "resume", "progress")  # what a run may do otherwise when it is resumed
-BATCH_SIZE = 128
-
 _DATA, _MODEL, _LOSS, _LOOP, _AFTER = "Data", "Model", "Objective", "Training", "Run folder and evidence"
 
 
 def fit(
     context: typer.Context,
-    family: Annotated[str, typer.Argument(help="What to fit: [cyan]vae[/cyan].", show_default=False)],
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help="What to fit: [cyan]vae[/cyan].", show_default=False)],
     data: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             metavar="digits|FILE",
-            help="[cyan]digits[/cyan] (8 by 8 images, split 1200, 237, 360), or a .npy, .npz, .csv or .pt file, rows first.",
+            help="[cyan]digits[/cyan] (8 by 8 images, split 1200, 237, 360), or a .npy, .npz, .csv or .pt file.",
             rich_help_panel=_DATA,
             show_default=False,
         ),
     ] = None,
     validation: Annotated[
-        Optional[float],
+        float | None,
         typer.Option(
             metavar="FRACTION",
             help="Rows of a file held out to choose the weights by.",
@@ -48,7 +47,7 @@ def fit(
         ),
     ] = None,
     test: Annotated[
-        Optional[float],
+        float | None,
         typer.Option(
             metavar="FRACTION",
             help="Rows of a file held out for the evidence.",
@@ -57,7 +56,7 @@ def fit(
         ),
     ] = None,
     split_seed: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(help="Seed of a file's split.", rich_help_panel=_DATA, show_default="0"),
     ] = None,
     dequantize: Annotated[
@@ -72,29 +71,29 @@ def fit(
         bool, typer.Option("--header", help="Skip the first line of a .csv file.", rich_help_panel=_DATA)
     ] = False,
     delimiter: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="Between the cells of a .csv file.", rich_help_panel=_DATA, show_default="comma"),
     ] = None,
     likelihood: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             metavar="NAME",
             help="p(x | z): [cyan]normal[/cyan], [cyan]bernoulli[/cyan] (0 or 1), [cyan]categorical[/cyan] or "
             "[cyan]discretized_logistic[/cyan] (whole numbers 0 … levels − 1).",
             rich_help_panel=_MODEL,
-            show_default="normal; for digits by --levels: 2 bernoulli, 17 discretized_logistic",
+            show_default="normal; for digits bernoulli (2 levels) or discretized_logistic (17)",
         ),
     ] = None,
     levels: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(
             help="Levels of a discrete likelihood; for digits 2 (black and white) or 17 (grey).",
             rich_help_panel=_MODEL,
-            show_default="for digits 17, or 2 with --likelihood bernoulli",
+            show_default="for digits 17; 2 with --likelihood bernoulli",
         ),
     ] = None,
     scale: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             metavar="NAME|NUMBER",
             help="Noise of the normal likelihood: [cyan]shared[/cyan], [cyan]feature[/cyan], [cyan]predicted[/cyan], "
@@ -134,11 +133,11 @@ def fit(
         ),
     ] = "elbo",
     particles: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(help="Draws of the guide for each row.", rich_help_panel=_LOSS, show_default="elbo 1, iwae 16"),
     ] = None,
     gradient: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             metavar="iwae|dreg|stl",
             help="Gradient estimator of --objective iwae.",
@@ -149,20 +148,24 @@ def fit(
     analytic_kl: Annotated[
         bool,
         typer.Option(
-            "--analytic-kl", help="With elbo: the KL to the prior in closed form, for less noise.", rich_help_panel=_LOSS
+            "--analytic-kl",
+            help="With elbo: the KL to the prior in closed form, for less noise.",
+            rich_help_panel=_LOSS,
         ),
     ] = False,
     steps: Annotated[
-        Optional[int], typer.Option(help="Optimizer steps.", rich_help_panel=_LOOP, show_default="2000")
+        int | None, typer.Option(help="Optimizer steps.", rich_help_panel=_LOOP, show_default="2000")
     ] = None,
     epochs: Annotated[
-        Optional[int], typer.Option(help="Passes over the data, instead of --steps.", rich_help_panel=_LOOP)
+        int | None, typer.Option(help="Passes over the data, instead of --steps.", rich_help_panel=_LOOP)
     ] = None,
     batch_size: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(help="Rows a step.", rich_help_panel=_LOOP, show_default=f"{BATCH_SIZE}, or all if fewer"),
     ] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam, for the loss per datum.", rich_help_panel=_LOOP)] = 2e-3,
+    lr: Annotated[
+        float, typer.Option(help="Learning rate of Adam, for the loss per datum.", rich_help_panel=_LOOP)
+    ] = 2e-3,
     schedule: Annotated[
         str,
         typer.Option(
@@ -170,10 +173,10 @@ def fit(
         ),
     ] = "cosine",
     clip_norm: Annotated[
-        Optional[float], typer.Option(help="Scale gradients of a larger norm down to it.", rich_help_panel=_LOOP)
+        float | None, typer.Option(help="Scale gradients of a larger norm down to it.", rich_help_panel=_LOOP)
     ] = None,
     average: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             metavar="DECAY|tail",
             help="Average the weights: exponentially (0.999), or over the second half.",
@@ -181,7 +184,7 @@ def fit(
         ),
     ] = None,
     patience: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(
             help="Stop after so many validations without a better one (there are 40 in a run).", rich_help_panel=_LOOP
         ),
@@ -199,13 +202,13 @@ def fit(
         int, typer.Option(help="Of weights, batches and noise: the same seed, the same run.", rich_help_panel=_LOOP)
     ] = 0,
     progress: Annotated[
-        Optional[bool],
+        bool | None,
         typer.Option(
             "--progress/--no-progress", help="Show progress.", rich_help_panel=_LOOP, show_default="on a terminal"
         ),
     ] = None,
     out: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(
             metavar="RUN", help="Folder to write; it must not exist yet.", rich_help_panel=_AFTER, show_default=False
         ),
@@ -219,8 +222,10 @@ def fit(
         ),
     ] = False,
     checkpoint_every: Annotated[
-        Optional[int],
-        typer.Option(metavar="STEPS", help="Steps between checkpoints.", rich_help_panel=_AFTER, show_default="20 a run"),
+        int | None,
+        typer.Option(
+            metavar="STEPS", help="Steps between checkpoints.", rich_help_panel=_AFTER, show_default="20 a run"
+        ),
     ] = None,
     importance_samples: Annotated[
         int,
@@ -237,7 +242,7 @@ def fit(
     history.csv, evidence.json, inference_data.nc for ArviZ, and figures.
     """
     if family not in FAMILIES:
-        raise BadInput(f"pyro-gen fit: FAMILY must be {' or '.join(FAMILIES)}, got {family!r}")
+        raise BadInput(f"FAMILY must be {' or '.join(FAMILIES)}, got {family!r}")
     if out is None:
         raise BadInput(f"--out is missing: name a folder for the run, as pyro-gen fit {family} --out RUN")
     run = Run(out)
@@ -249,28 +254,28 @@ def fit(
     else:
         if data is None:
             raise BadInput("--data is missing: digits, or a .npy, .npz, .csv or .pt file")
+        run.require_new()
         run.options = asked
     content = read_data(run.options)
     if resume and content.facts["crc32"] != run.data.get("crc32"):
         raise BadInput(f"--data: {content.facts['source']} has changed since the run began: start a new one")
-    module = build(run.options, content)
+    module, arguments = build(run.options, content), fit_options(run.options, len(content.train[0]))
+    evidence_method(run.options)  # a wrong one is found before the training
     run.data = content.facts
     if not resume:
         run.create()
         run.write()
-    _train(run, module, content, progress=progress, fresh=not resume)
+    arguments.update(progress=progress, checkpoint=run.checkpoint)
+    _train(run, module, content, arguments, fresh=not resume)
 
 
-def _train(run: Run, module: ObjectiveModule, content: Data, *, progress: bool | None, fresh: bool) -> None:
+def _train(run: Run, module: ObjectiveModule, content: Data, arguments: dict[str, Any], *, fresh: bool) -> None:
     import pyro_gen as pg
     from pyro_gen.compiled import CannotCompile
 
     begun = time.perf_counter()
     try:
-        result = pg.fit(
-            module, content.train, validation=content.validation, progress=progress, checkpoint=run.checkpoint,
-            **_fit_options(run.options, len(content.train[0])),
-        )  # fmt: skip
+        result = pg.fit(module, content.train, validation=content.validation, **arguments)
         keep(run, result)
         report(run, result, content, begun)
     except KeyboardInterrupt:
@@ -278,7 +283,7 @@ def _train(run: Run, module: ObjectiveModule, content: Data, *, progress: bool |
         raise typer.Exit(INTERRUPTED) from None
     except pg.Divergence as error:
         keep(run, error.result)
-        typer.echo(f"pyro-gen: {one_line(error)}. It is kept in {run.folder}", err=True)
+        typer.echo(f"pyro-gen: {one_line(error)}. {run.folder} keeps that state", err=True)
         raise typer.Exit(DIVERGED) from None
     except (ValueError, TypeError, CannotCompile) as error:
         if not deliberate(error):
@@ -296,92 +301,6 @@ def _say_interrupted(run: Run) -> None:
         done = f"after {torch.load(run.checkpoint, weights_only=True)['step']} steps, kept in {run.checkpoint}"
     again = f"pyro-gen fit {run.options['family']} --out {run.folder} --resume"
     typer.echo(f"pyro-gen: interrupted {done}; go on by {again}", err=True)
-
-
-def build(options: dict[str, Any], content: Data) -> ObjectiveModule:
-    """The objective module that the options describe, its weights drawn under their seed."""
-    import pyro
-
-    import pyro_gen as pg
-
-    seed = options["seed"]
-    if not 0 <= seed < 2**32:
-        raise BadInput(f"--seed must be between 0 and 2**32 - 1, got {seed}")
-    pyro.set_rng_seed(seed)
-    name, particles = options["objective"], options["particles"]
-    if name not in ("elbo", "iwae"):
-        raise BadInput(f"--objective must be elbo or iwae, got {name!r}")
-    if name == "elbo" and options["gradient"] is not None:
-        raise BadInput("--gradient belongs to --objective iwae: leave it out")
-    if name == "iwae" and options["analytic_kl"]:
-        raise BadInput("--analytic-kl belongs to --objective elbo: leave it out")
-    program = pg.VAE(**_program_options(options, content))
-    if name == "elbo":
-        many = particles is not None and particles > 1
-        objective: Any = pg.ELBO(
-            1 if particles is None else particles, analytic_kl=options["analytic_kl"], vectorize_particles=many
-        )
-    else:
-        objective = pg.IWAE(16 if particles is None else particles, gradient=options["gradient"] or "iwae")
-    module: ObjectiveModule = objective(program)
-    return module
-
-
-def _program_options(options: dict[str, Any], content: Data) -> dict[str, Any]:
-    x, *context = content.train
-    levels, likelihood = options["levels"], options["likelihood"]
-    if options["data"] == "digits":
-        levels = levels or (2 if likelihood == "bernoulli" else 17)
-        if likelihood is None and not options["dequantize"]:
-            likelihood = "bernoulli" if levels == 2 else "discretized_logistic"
-        if likelihood not in ("categorical", "discretized_logistic"):
-            levels = None
-    if options["prior"] not in ("normal", "mixture"):
-        raise BadInput(f"--prior must be normal or mixture, got {options['prior']!r}")
-    if options["network"] not in ("mlp", "conv"):
-        raise BadInput(f"--network must be mlp or conv, got {options['network']!r}")
-    if options["network"] == "conv" and x.dim() != 4:
-        raise BadInput(f"--network conv needs images, rows of shape (channels, height, width); a row is {tuple(x.shape[1:])}")
-    try:
-        hidden = tuple(int(size) for size in options["hidden"].split(","))
-    except ValueError as error:
-        raise BadInput(f"--hidden must be sizes such as 128,128, got {options['hidden']!r}") from error
-    return {
-        "event_shape": tuple(x.shape[1:]),
-        "latent_dim": options["latent_dim"],
-        "likelihood": likelihood or "normal",
-        "levels": levels,
-        "scale": _number(options["scale"]),
-        "hidden": hidden,
-        "encoder": options["network"],
-        "decoder": options["network"],
-        "guide": options["guide"],
-        "prior": None if options["prior"] == "normal" else "mixture",
-        "components": options["components"],
-        "context_shape": tuple(context[0].shape[1:]) if context else None,
-    }
-
-
-def _fit_options(options: dict[str, Any], rows: int) -> dict[str, Any]:
-    if options["compile"] not in ("auto", "on", "off"):
-        raise BadInput(f"--compile must be auto, on or off, got {options['compile']!r}")
-    if options["schedule"] not in ("cosine", "constant"):
-        raise BadInput(f"--schedule must be cosine or constant, got {options['schedule']!r}")
-    steps, epochs = options["steps"], options["epochs"]
-    return {
-        "steps": 2000 if steps is None and epochs is None else steps,
-        "epochs": epochs,
-        "batch_size": min(BATCH_SIZE, rows) if options["batch_size"] is None else options["batch_size"],
-        "lr": options["lr"],
-        "schedule": "cosine" if options["schedule"] == "cosine" else None,
-        "clip_norm": options["clip_norm"],
-        "average": _number(options["average"]),
-        "patience": options["patience"],
-        "compile": {"auto": "auto", "on": True, "off": False}[options["compile"]],
-        "device": options["device"],
-        "seed": options["seed"],
-        "checkpoint_every": options["checkpoint_every"],
-    }
 
 
 def keep(run: Run, result: FitResult) -> None:
@@ -405,19 +324,11 @@ def _same_options(context: typer.Context, asked: dict[str, Any], run: Run) -> No
         if given and name != "family" and value != run.options.get(name):
             option = "--" + name.replace("_", "-")
             raise BadInput(
-                f"{option} {value} differs from {run.options.get(name)} of the run in {run.folder}: leave it out to go on "
-                "with that run, or start another in a new --out"
+                f"{option} {value} differs from {run.options.get(name)} of the run in {run.folder}: leave it out to go "
+                "on with that run, or start another in a new --out"
             )
     if asked["family"] != run.options.get("family"):
         raise BadInput(f"FAMILY: {run.folder} holds a {run.options.get('family')}, not a {asked['family']}")
     missing = [name for name in asked if name not in run.options]
     if missing:
         raise BadInput(f"--out: {run.config} lacks {', '.join(missing)}: it was not written by this pyro-gen fit")
-
-
-def _number(text: str | None) -> Any:
-    """A number where the text is one, else the text: the library says what it may be."""
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text

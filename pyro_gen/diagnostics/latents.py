@@ -225,7 +225,9 @@ class _Mean:
         return draws.mean(0), draws.std(0) / math.sqrt(len(draws))
 
 
-def latent_distributions(program: Program, x: Tensor, context: Tensor | None, site: str | None) -> list[tuple[Any, Any]]:
+def latent_distributions(
+    program: Program, x: Tensor, context: Tensor | None, site: str | None
+) -> list[tuple[Any, Any]]:
     """The guide's and the model's distribution of the latent, for ``ROWS`` rows at a time; leaves no trace."""
     if not isinstance(program, Bounded):
         raise TypeError(

@@ -232,7 +232,7 @@ def _without_masked(name: str, variable: Variable, mask: Tensor | None) -> Varia
         return replace(variable, values=variable.values[..., kept], kept={dim: (kept, seen.size)})
     attrs = {"flattened": ", ".join(variable.dims[2:])}
     flat = variable.values.reshape(*variable.values.shape[:2], -1)[..., np.flatnonzero(seen)]
-    return Variable(flat, (*variable.dims[:2], f"{name}_observed"), attrs, {})
+    return Variable(flat, (*variable.dims[:2], f"{name}_observed"), attrs, flat=True)
 
 
 def _one_index(variables: dict[str, Variable]) -> dict[str, Variable]:

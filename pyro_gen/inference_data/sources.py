@@ -16,6 +16,7 @@ from pyro.infer import MCMC, SVI
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.mcmc.api import AbstractMCMC
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pyro_gen import handlers
 from pyro_gen.base import Bounded, EvidenceMethod, Exact, ObjectiveModule, Program, check_count, describe
@@ -108,7 +109,7 @@ def to_inference_data(
         program = _program(source)
         parts = None
         if program is not None:
-            batch = as_batch(_need(data, "the rows x to convert"), program)
+            batch = as_batch(_in_memory(_need(data, "the rows x to convert")), program)
             if not (
                 isinstance(program, Bounded) and not isinstance(program, Exact) and has_global_latents(program, batch)
             ):
@@ -149,6 +150,16 @@ def _need(data: Any, what: str) -> Any:
     if data is None:
         raise ValueError(f"data is missing: give {what}, to_inference_data(source, data)")
     return data
+
+
+def _in_memory(data: Any) -> Any:
+    """The batches of a DataLoader, one after the other."""
+    if not isinstance(data, DataLoader):
+        return data
+    batches = [b if isinstance(b, (tuple, list)) else (b,) for b in data]
+    if not batches or not all(isinstance(part, Tensor) for batch in batches for part in batch):
+        raise TypeError("the DataLoader must yield tensors, or tuples of tensors with x first")
+    return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
 
 
 def _device_of(tensor: Tensor) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class Variable:
         attrs: what is said of it in the file.
         kept: dims of which only some positions are here, with the positions and the full size.
         left_out: number of event dims that were summed over, which names given for the site may still mention.
+        flat: several dims of the site in one, which names given for the site do not fit.
     """
 
     values: Array
@@ -57,6 +58,7 @@ class Variable:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     kept: Mapping[str, tuple[Array, int]] = field(default_factory=dict)
     left_out: int = 0
+    flat: bool = False
 
     @property
     def sample_dims(self) -> int:
@@ -249,7 +251,7 @@ def _rename(groups: Groups, dims: Mapping[str, Sequence[str]]) -> Groups:
             if safe != name:
                 variable = replace(variable, attrs={**variable.attrs, "site": name})
             given = dims.get(name, dims.get(safe))
-            named[group][safe] = variable if given is None else _with_dims(name, variable, given)
+            named[group][safe] = variable if given is None or variable.flat else _with_dims(name, variable, given)
     names = {n for variables in named.values() for n in variables}
     unknown = [n for n in dims if n not in names and _safe(n) not in names]
     if unknown:

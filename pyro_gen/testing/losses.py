@@ -103,7 +103,7 @@ def check_gradients(module: ObjectiveModule, *batch: Tensor, unreached: Iterable
     for start in (0, 1):
         with alone():
             copied = fresh(module)
-            frozen = {n: p for n, p in copied.named_parameters() if n in names[start::2]}
+            frozen = {n: p for n, p in copied.named_parameters() if n in names[start::2] or not p.requires_grad}
             for parameter in frozen.values():
                 parameter.requires_grad_(False)
             copied.prepare(*batch)
@@ -161,8 +161,10 @@ def check_total(module: ObjectiveModule, *batch: Tensor) -> None:
         expect(subsampled or relative_gap(plain, once, size) <= 1e-6, "total=rows is not what no total gives")
         gap = relative_gap(thrice - once, 2 * (twice - once), size)
         expect(gap <= 1e-5, f"the loss is not linear in total: off by {gap:.2g} of its size")
-        if not shape.global_sites and not subsampled:
-            gap = relative_gap(twice, 2 * once, size)
+        gap = relative_gap(twice, 2 * once, size)
+        if shape.global_sites:
+            expect(gap > 1e-6, "twice the rows are twice the loss: what belongs to all rows at once is scaled too")
+        elif not subsampled:
             expect(gap <= 1e-5, f"every site belongs to rows, yet twice the rows are no double loss: off by {gap:.2g}")
 
 
