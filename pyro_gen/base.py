@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast, overload, runtime_checkable
 
@@ -226,14 +226,13 @@ class Samples(Program):
             raise ValueError(f"n must be a positive int, got {describe(n)}")
         x = self.template().new_zeros((n, *self.event_shape))
         batch = self.check(x, context)
-        with handlers.forked_generators(seed) if seed is not None else _nothing(), poutine.block():
-            trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*batch)
-        sites = {k: s for k, s in handlers.sample_sites(trace).items() if (s["infer"] or {}).get("was_observed")}
-        found = [k for k, s in sites.items() if s["infer"]["obs"] is x]
-        found = found or [k for k, s in sites.items() if handlers.site_kind(s) != "factor"]
+        generators = nullcontext() if seed is None else handlers.forked_generators(seed)
+        with generators, poutine.block(), handlers.Unobserve() as redrawn:
+            trace = poutine.trace(self.model).get_trace(*batch)
+        found = [name for name, value in redrawn.observed.items() if value is x] or list(redrawn.observed)
         if len(found) != 1:
-            raise ValueError(f"the model's data site is not clear among {sorted(sites)}: observe x itself, obs=x")
-        return cast(Tensor, sites[found[0]]["value"])
+            raise ValueError(f"the model's data site is not clear among {found}: observe x itself, obs=x")
+        return cast(Tensor, trace.nodes[found[0]]["value"])
 
 
 class Implicit(Samples):
@@ -241,7 +240,7 @@ class Implicit(Samples):
 
     Args:
         model: Pyro program that observes ``x``; guide: None, or a critic.
-        event_shape: shape of one datum.
+        event_shape: shape of one datum; context_shape: of what a row is conditioned on, or None.
     """
 
     def __init__(
@@ -259,7 +258,7 @@ class Bounded(Samples):
 
     Args:
         model: Pyro program of x and its latents; guide: Pyro program of the same latents given x.
-        event_shape: shape of one datum.
+        event_shape: shape of one datum; context_shape: of what a row is conditioned on, or None.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -286,7 +285,7 @@ class Unnormalized(Program):
 
     Args:
         model: Pyro program that observes ``x``.
-        event_shape: shape of one datum.
+        event_shape: shape of one datum; context_shape: of what a row is conditioned on, or None.
     """
 
     def __init__(
@@ -316,11 +315,6 @@ class Exact(Unnormalized, Bounded):
     def lower_bound(self, x: Tensor, context: Tensor | None = None, particles: int = 1) -> Tensor:
         """log p of each row: the bound's gap is 0."""
         return self.log_prob(x, context)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def check_count(value: Any, name: str) -> int:
@@ -422,7 +416,7 @@ class ObjectiveModule(ELBOModule):
         """
         with self.scaled(*batch, total=total, apply=False, **kwargs) as seen:
             rows = self.pointwise(*batch, **kwargs)
-        return cast(Tensor, (seen.factor(handlers.count_rows(batch)) * rows).sum())
+        return cast(Tensor, (seen.factor(handlers.count_rows(batch, 1)) * rows).sum())
 
     def losses(self, *batch: Any, total: int | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
         """One loss per player, whose gradient reaches that player's parameters only; :meth:`forward` is their sum."""
@@ -595,12 +589,16 @@ class Evidence:
         def pick(t: Tensor | None) -> Tensor | None:
             return None if t is None else t[index]
 
+        tail, kind = pick(self.pareto_k), self.kind
+        if tail is not None and kind in ("estimate", "lower bound"):  # the label of a mean of weights hangs on its tail
+            kind = "lower bound" if bool((tail > PARETO_K_LIMIT).any()) else "estimate"
         return replace(
             self,
             value=self.value[index],
+            kind=kind,
             standard_error=pick(self.standard_error),
             effective_sample_size=pick(self.effective_sample_size),
-            pareto_k=pick(self.pareto_k),
+            pareto_k=tail,
         )
 
     def sum(self) -> Evidence:

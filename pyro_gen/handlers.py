@@ -34,6 +34,7 @@ from torch import Tensor
 __all__ = [
     "DataScale",
     "Structure",
+    "Unobserve",
     "evaluation_mode",
     "hide_bare_parameters",
     "log_density",
@@ -64,8 +65,13 @@ def site_kind(site: Site) -> SiteKind:
         return "subsample"
     if infer.get("_deterministic"):
         return "deterministic"
+    masked_out = getattr(fn, "_mask", None) is False
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
+    if (
+        site["is_observed"] and masked_out and isinstance(fn, dist.Delta)
+    ):  # what `poutine.reparam` puts in a site's place
+        return "deterministic"
     if isinstance(fn, dist.Unit):  # before auxiliary: pyro.factor marks its site auxiliary
         return "factor"
     if infer.get("is_auxiliary"):
@@ -135,11 +141,13 @@ def find_data_plate(sites: Iterable[Site], rows: int) -> Any | None:
     return shared[0] if len(shared) == 1 else None
 
 
-def count_rows(batch: tuple[Any, ...]) -> int:
-    """The number of rows of a batch: the length of its first tensor."""
+def count_rows(batch: tuple[Any, ...], default: int | None = None) -> int:
+    """The number of rows of a batch: the length of its first tensor, or ``default`` where there is none."""
     for part in batch:
         if isinstance(part, Tensor) and part.dim():
             return part.shape[0]
+    if default is not None:
+        return default
     raise ValueError("a batch needs x, a tensor with at least one dimension, as its first entry")
 
 
@@ -155,7 +163,7 @@ def structure(
             if site_kind(site) != "deterministic":
                 site["log_prob"] = site["fn"].log_prob(site["value"])
                 check_site_shape(site, cast(int, math.inf))
-    rows = count_rows(batch)
+    rows = count_rows((*batch, *kwargs.values()), 0)  # 0: a script whose data is not passed
     plate = find_data_plate(p.values(), rows)
     dims = [f.dim for s in (*q.values(), *p.values()) for f in _frames(s).values()]
     latents = [n for n, s in p.items() if site_kind(s) == "latent"]
@@ -342,13 +350,18 @@ def _no_guide(*batch: Any, **kwargs: Any) -> None:
     return None
 
 
-def check_pair(shape: Structure) -> None:
-    """Raise a ``ValueError`` that names the sites which only one of model and guide has."""
+def check_pair(shape: Structure, *, summed_out: bool = False) -> None:
+    """Raise a ``ValueError`` that names the sites which only one of model and guide has.
+
+    Args:
+        shape: of the pair.
+        summed_out: True where latents marked for enumeration are summed out, and so may be missing from the guide.
+    """
     missing = [n for n in shape.model_latents if n not in shape.guide_latents]
-    if missing and not shape.enumerated:
+    if missing and not (summed_out and shape.enumerated):
         raise ValueError(
             f"latent site {', '.join(map(repr, missing))} of the model is not in the guide: nothing stands in for its "
-            "integral. Add it to the guide, or mark it for enumeration (infer={'enumerate': 'parallel'})"
+            "integral. Add it to the guide, or mark it for enumeration (infer={'enumerate': 'parallel'}) under pg.ELBO"
         )
     foreign = [n for n in shape.guide_latents if n not in shape.model_latents]
     if foreign:
@@ -385,6 +398,29 @@ def score(model: Callable[..., Any], x: Tensor, *rest: Any, **kwargs: Any) -> Te
         y = x if x.requires_grad else x.detach().requires_grad_()
         (result,) = torch.autograd.grad(log_density(model, y, *rest, **kwargs).sum(), y, create_graph=recorded)
     return result if recorded and result.requires_grad else result.detach()
+
+
+class Unobserve(Messenger):
+    """Draw observed sites anew; factors and deterministics stay what they are.
+
+    ``poutine.uncondition`` also redraws deterministics, with their plates twice over.
+
+    Args:
+        names: the sites to draw; None for all that are observed.
+
+    Attributes:
+        observed: what the sites held, by name, as the program ran.
+    """
+
+    def __init__(self, names: Iterable[str] | None = None) -> None:
+        super().__init__()
+        self.names = None if names is None else frozenset(names)
+        self.observed: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names if self.names is not None else site_kind(msg) == "observed":
+            self.observed[msg["name"]] = msg["value"]
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 class DataScale(Messenger):
@@ -465,12 +501,14 @@ def preserved_state(*modules: Any, seed: int | None = None) -> Iterator[None]:
     """
     buffers = [b for m in modules if isinstance(m, torch.nn.Module) for b in m.buffers()]
     kept = [b.clone() for b in buffers]
-    with forked_generators(seed):
-        yield
-    with torch.no_grad():
-        for buffer, value in zip(buffers, kept, strict=True):
-            if buffer.shape == value.shape:
-                buffer.copy_(value)
+    try:
+        with forked_generators(seed):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, kept, strict=True):
+                if buffer.shape == value.shape:
+                    buffer.copy_(value)
 
 
 @contextmanager

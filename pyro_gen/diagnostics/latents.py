@@ -193,7 +193,7 @@ def kl_per_dimension(
     """
     check_count(num_samples, "num_samples")
     each, joint, rows = _Mean(num_samples), _Mean(num_samples), 0
-    with handlers.forked_generators(seed) if seed is not None else nullcontext():
+    with torch.no_grad(), handlers.forked_generators(seed) if seed is not None else nullcontext():
         for q, p in latent_distributions(program, x, context, site):
             rows += q.batch_shape[0]
             each.add(_marginals(q, "guide"), _marginals(p, "prior"))
@@ -230,9 +230,7 @@ def latent_distributions(
 ) -> list[tuple[Any, Any]]:
     """The guide's and the model's distribution of the latent, for ``ROWS`` rows at a time; leaves no trace."""
     if not isinstance(program, Bounded):
-        raise TypeError(
-            f"latents are looked at through a guide, and {describe(program)} has none: it is no Bounded program"
-        )
+        raise TypeError(f"latents are looked at through a guide, and {describe(program)} has none: it is not Bounded")
     batch = program.check(x, context)
     parts = [tuple(part[start : start + ROWS] for part in batch) for start in range(0, len(x), ROWS)]
     pair = program.model, program.guide

@@ -43,6 +43,8 @@ def log_evidence(program: Program, x: Tensor, context: Tensor | None = None, *, 
     """
     if not isinstance(program, Program):
         hint = "" if isinstance(program, type) or not callable(program) else ": pg.Bounded(model, guide, event_shape)"
+        if hasattr(program, "history"):
+            hint = ": pass result.program"
         raise TypeError(f"log_evidence takes a program, got {describe(program)}{hint}")
     if isinstance(method, type) or not isinstance(method, EvidenceMethod):
         raise TypeError(f"method must be a method of evidence, as pg.ImportanceSampling(5000); got {describe(method)}")

@@ -57,6 +57,8 @@ class Average:
         """The live tensors hold the average inside, and are as they were afterwards."""
         kept = [t.detach().clone() for t in self.tensors]
         self.apply()
-        yield
-        with torch.no_grad():
-            torch._foreach_copy_([t.detach() for t in self.tensors], kept)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_([t.detach() for t in self.tensors], kept)

@@ -385,10 +385,11 @@ class _Run:
             for start in range(0, rows, VALIDATION_ROWS):
                 part = tuple(p[start : start + VALIDATION_ROWS] for p in self.held)
                 total = None if self.total is None else self.divisor
-                value = float(module(*part, total=total)) / (part[0].shape[0] if total is None else self.divisor)
+                with pyro.validation_enabled(False):  # the rows were checked; a NaN is for the guard of the next step
+                    value = float(module(*part, total=total)) / (part[0].shape[0] if total is None else self.divisor)
                 loss += value * part[0].shape[0] / rows
             self.history.validation.append((self.step, loss))
-            if self.best is None or loss < self.best[0]:
+            if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
                 self.best = (loss, self.step, [t.detach().clone() for t in (*self.tensors, *self.buffers)])
         module.train(training)
         return loss

@@ -78,10 +78,12 @@ class FitResult:
 
     @property
     def steps(self) -> int:
+        """Optimizer steps taken."""
         return len(self.history)
 
     @property
     def validation(self) -> list[tuple[int, float]]:
+        """Pairs (steps done, validation loss per datum)."""
         return self.history.validation
 
     def __repr__(self) -> str:

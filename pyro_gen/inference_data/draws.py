@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,14 +21,13 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pyro_gen import handlers
 from pyro_gen.handlers import Site, SiteKind, sample_sites, site_kind
 
-__all__ = ["Call", "Draws", "Evaluation", "Unobserve", "draw_guide", "evaluate", "kinds_of", "own_parameters"]
+__all__ = ["Call", "Draws", "Evaluation", "draw_guide", "evaluate", "kinds_of", "own_parameters"]
 
 logger = logging.getLogger("pyro_gen")
 
@@ -98,30 +97,8 @@ class Evaluation:
 
 
 def kinds_of(sites: Mapping[str, Site], latents: Mapping[str, Any]) -> dict[str, SiteKind]:
-    """What each site is, in a trace conditioned on ``latents``, whose sites look observed there.
-
-    A site that ``poutine.reparam`` replaced is a masked point mass at a function of others: a deterministic.
-    """
-
-    def kind(name: str, site: Site) -> SiteKind:
-        if name in latents:
-            return "latent"
-        computed = site["is_observed"] and getattr(site["fn"], "_mask", None) is False and is_point_mass(site)
-        return "deterministic" if computed else site_kind(site)
-
-    return {n: kind(n, s) for n, s in sites.items()}
-
-
-class Unobserve(Messenger):
-    """Draw observed sites anew. ``poutine.uncondition`` also redraws deterministics, with their plates twice over."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        super().__init__()
-        self.names = frozenset(names)
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.names:
-            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+    """What each site is, in a trace conditioned on ``latents``, whose sites look observed there."""
+    return {name: "latent" if name in latents else site_kind(site) for name, site in sites.items()}
 
 
 def is_point_mass(site: Site) -> bool:
@@ -343,7 +320,7 @@ def draw_guide(call: Call, count: int) -> Draws:
             for i in (0, -1):  # given what was drawn, a plain run must find the same latents and the same log q
                 free = {n: v[i] for n, v in values.items() if not is_point_mass(q[n])}
                 again, _, again_q = read(call.sites(poutine.condition(guide, free)))
-                if False:
+                if not all(_close(values[n][i], again[n]) for n in q) or not _close(log_q[i], again_q):
                     raise ValueError("draws in a plate differ from a plain run")
         except REFUSALS as error:
             logger.debug("draws of the guide are not made in a plate: %s", str(error).split("\n")[0])

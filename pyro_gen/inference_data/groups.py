@@ -18,9 +18,9 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_gen.handlers import Site, SiteKind
+from pyro_gen.handlers import Site, SiteKind, Unobserve
 from pyro_gen.inference_data.containers import REASON
-from pyro_gen.inference_data.draws import Call, Evaluation, Unobserve, evaluate, kinds_of
+from pyro_gen.inference_data.draws import Call, Evaluation, evaluate, kinds_of
 from pyro_gen.inference_data.variables import (
     SAMPLE_DIMS,
     Groups,
@@ -35,7 +35,7 @@ __all__ = ["Chains", "Model", "Parts", "bayesian_groups", "constant_data", "pred
 
 ONE_DRAW = (
     "this result has one draw, a point estimate, and LOO needs draws from a posterior. Score rows that were held out: "
-    "pg.log_evidence(...) with pg.compare, or pg.comparison.to_elpd(...) for an ELPDData"
+    "pg.log_evidence(...) with pg.compare, or pg.to_elpd(...) for an ELPDData"
 )
 CONDITIONAL = (
     "log p(x | z) given a latent of each row's own is not a likelihood of the model: LOO of it takes the evidence by "

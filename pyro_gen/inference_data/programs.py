@@ -30,7 +30,7 @@ __all__ = ["add_history", "has_global_latents", "program_groups"]
 FITTED = (
     "the weights of this result are a point estimate, one draw, and LOO needs draws of them from a posterior; log "
     "p(x | z) at the draws of z is conditional and no likelihood of the model. Score rows that were held out: their "
-    "log p(x) is in group log_evidence, pg.compare takes the result as it is, pg.comparison.to_elpd gives ELPDData"
+    "log p(x) is in group log_evidence, pg.compare takes the result as it is, pg.to_elpd gives ELPDData"
 )
 
 

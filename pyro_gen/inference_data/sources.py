@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import inspect
 import json
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -322,13 +323,11 @@ def _add_stats(parts: Parts, chains: Sequence[Chains], mcmc: Sequence[Mapping[st
 # --------------------------------------------------------------------------------------------------------- description
 def _describe(source: Any, seed: int | None) -> dict[str, Any]:
     """Attributes of the root: where the result came from."""
-    import pyro_gen
-
     first = source[0] if isinstance(source, list) else source
     attrs: dict[str, Any] = {
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "creation_library": "pyro_gen",
-        "creation_library_version": getattr(pyro_gen, "__version__", ""),
+        "creation_library_version": sys.modules["pyro_gen"].__version__,
         "creation_library_language": "Python",
         "inference_library": "pyro_gen" if isinstance(first, (FitResult, ObjectiveModule, Program)) else "pyro",
         "pyro_version": pyro.__version__,

@@ -57,9 +57,14 @@ class ELBOModule(ObjectiveModule):
     objective: ELBO
 
     def check_structure(self, shape: handlers.Structure) -> None:
-        handlers.check_pair(shape)
+        handlers.check_pair(shape, summed_out=True)
         if shape.enumerated and self.objective.analytic_kl:
             raise ValueError("analytic_kl=True and enumerated sites do not go together: use pg.ELBO() for this program")
+        if self.objective.analytic_kl and not shape.reparameterized:  # its gradient needs the sampled bound
+            raise ValueError(
+                "analytic_kl=True differentiates through the draws, and the guide has a site that is not "
+                "reparameterized: use pg.ELBO() for this program"
+            )
 
     def forward(self, *batch: Any, total: int | None = None, **kwargs: Any) -> Tensor:
         with self.scaled(*batch, total=total, apply=True, **kwargs):
@@ -110,12 +115,7 @@ class ELBOModule(ObjectiveModule):
                 score.append((site, site["fn"].log_prob(site["value"])))
         if not score:
             return cast(Tensor, loss)
-        if kl:
-            raise ValueError(
-                f"site {', '.join(repr(s['name']) for s, _ in score)} is not reparameterized; its gradient needs the "
-                "sampled bound: pg.ELBO(analytic_kl=False)"
-            )
-        log_r = _log_ratio(model_trace, p, q)
+        log_r = _log_ratio(get_plate_stacks(model_trace), get_plate_stacks(guide_trace), p, q)
         for site, log_q in score:
             term = (log_r.sum_to(site["cond_indep_stack"]) * log_q).sum()
             loss = loss - (term - term.detach())
@@ -138,13 +138,15 @@ def _scaled(site: Site) -> Tensor:
     return cast(Tensor, site["log_prob"])
 
 
-def _log_ratio(model_trace: Trace, p: dict[str, Site], q: dict[str, Site]) -> Any:
+def _log_ratio(p_stacks: Any, q_stacks: Any, p: dict[str, Site], q: dict[str, Site]) -> Any:
     """log w as a sum over plates, from which a site takes what its plates do not separate from it."""
     log_r = MultiFrameTensor()
-    stacks = get_plate_stacks(model_trace)
     for name, site in p.items():
         term = site["log_prob"] if name not in q else site["log_prob"] - q[name]["log_prob"]
-        log_r.add((stacks[name], term.detach()))
+        log_r.add((p_stacks[name], term.detach()))
+    for name, site in q.items():
+        if name not in p:  # auxiliary
+            log_r.add((q_stacks[name], -site["log_prob"].detach()))
     return log_r
 
 

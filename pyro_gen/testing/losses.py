@@ -78,6 +78,7 @@ def check_gradients(module: ObjectiveModule, *batch: Tensor, unreached: Iterable
     """The gradient of each loss reaches every parameter of its player, no other, and nothing that is frozen.
 
     Args:
+        module: an objective bound to a program; batch: ``x`` and what else it takes.
         unreached: names of parameters that this loss cannot see, such as the constant of an energy in score matching.
     """
     unreached = set(unreached)
@@ -275,6 +276,7 @@ def check_traced(
     """The step traced to one graph follows the eager one: same seed, same losses, weights and buffers.
 
     Args:
+        module: an objective bound to a program; batch: ``x`` and what else it takes.
         steps, lr: of gradient descent on the loss per row.
         inductor: compile the graph too, which takes seconds.
     """

@@ -195,6 +195,7 @@ def check_predictive(program: Samples, x: Tensor, context: Tensor | None = None,
     """``pyro.infer.Predictive`` draws latents from the guide and new data from the model.
 
     Args:
+        program: of a kind that has ``sample``; x, context: some rows of data.
         parallel: all draws at once, which asks of a program that it broadcasts over leading dimensions.
     """
     with alone():

@@ -80,11 +80,12 @@ def test_alone_shows_help_and_version_shows_the_version() -> None:
 
 def test_help_of_fit_names_every_option() -> None:
     text = run("fit", "--help").stdout
-    for option in (
+    options = (
         "FAMILY data validation test split-seed dequantize header delimiter likelihood levels scale latent-dim hidden "
         "network guide prior components objective particles gradient analytic-kl steps epochs batch-size lr schedule "
         "clip-norm average patience compile device seed progress out resume checkpoint-every importance-samples plots"
-    ).split():
+    )
+    for option in shlex.split(options):
         assert option in text
 
 
@@ -98,7 +99,7 @@ def test_a_run_folder_holds_everything(digits_run: tuple[Path, str]) -> None:
     }  # fmt: skip
     for picture in (folder / "figures").iterdir():
         assert picture.read_bytes().startswith(b"\x89PNG")
-    rows = list(csv.DictReader((folder / "history.csv").open()))
+    rows = list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(1, 61))
     result = pg.load(folder)
     assert [float(row["loss"]) for row in rows] == result.history["loss"]
@@ -178,20 +179,21 @@ def test_a_file_is_split_by_fractions_that_are_stated(table: Path, tmp_path: Pat
 
 
 def test_options_reach_program_objective_and_fit(table: Path, tmp_path: Path) -> None:
-    words = (
-        "--likelihood normal --scale shared --latent-dim 3 --hidden 5,6 --guide full_rank --prior mixture --components 4 "
-        "--objective iwae --particles 7 --gradient dreg --epochs 2 --batch-size 21 --lr 0.003 --schedule constant "
-        "--clip-norm 2 --average tail --patience 9 --compile off --device cpu --seed 5 --importance-samples 25 --no-plots"
-    ).split()
+    words = shlex.split(
+        "--likelihood normal --scale shared --latent-dim 3 --hidden 5,6 --guide full_rank --prior mixture "
+        "--components 4 --objective iwae --particles 7 --gradient dreg --epochs 2 --batch-size 21 --lr 0.003 "
+        "--schedule constant --clip-norm 2 --average tail --patience 9 --compile off --device cpu --seed 5 "
+        "--importance-samples 25 --no-plots"
+    )
     assert run("fit", "vae", "--data", table, *words, "--out", tmp_path / "run").exit_code == 0
     result = pg.load(tmp_path / "run")
     assert isinstance(result.program, pg.VAE)
     assert result.program.config is not None
-    expected = dict(scale="shared", latent_dim=3, hidden=[5, 6], guide="full_rank", prior="mixture", components=4)
-    assert {name: result.program.config[name] for name in expected} == expected
+    names = ("scale", "latent_dim", "hidden", "guide", "prior", "components")
+    assert [result.program.config[name] for name in names] == ["shared", 3, [5, 6], "full_rank", "mixture", 4]
     assert repr(result.module.objective).startswith("IWAE(num_particles=7, gradient='dreg'")
-    expected = dict(steps=4, batch_size=21, lr=0.003, schedule=None, clip_norm=2.0, average="tail", patience=9, seed=5)
-    assert {name: result.config[name] for name in expected} == expected
+    names = ("steps", "batch_size", "lr", "schedule", "clip_norm", "average", "patience", "seed")
+    assert [result.config[name] for name in names] == [4, 21, 0.003, None, 2.0, "tail", 9, 5]
     assert json.loads((tmp_path / "run" / "evidence.json").read_text())["method"] == "ImportanceSampling(25, seed=5)"
 
 
@@ -206,9 +208,7 @@ def test_options_reach_program_objective_and_fit(table: Path, tmp_path: Path) ->
         (["--dequantize"], "normal", None),
     ],
 )
-def test_digits_choose_their_likelihood(
-    words: list[str], likelihood: str, levels: int | None, tmp_path: Path
-) -> None:
+def test_digits_choose_their_likelihood(words: list[str], likelihood: str, levels: int | None, tmp_path: Path) -> None:
     words = ["--steps", "2", "--no-plots", "--out", str(tmp_path / "run"), *words, *SMALL]
     assert run("fit", "vae", "--data", "digits", *words).exit_code == 0
     config = pg.load(tmp_path / "run").program.config
@@ -235,14 +235,14 @@ def test_a_context_in_the_file_makes_the_model_conditional(tmp_path: Path) -> No
     assert "context is missing" in refused("evaluate", tmp_path / "run", "--data", tmp_path / "alone.npy")
 
 
-# --------------------------------------------------------------------------------------------------- sample, evaluate --
+# -------------------------------------------------------------------------------------------- sample, evaluate --
 def test_samples_come_in_three_formats_and_by_seed(digits_run: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = digits_run
     for name, seed in (("a.npy", 4), ("b.pt", 4), ("c.npy", 5)):
         assert run("sample", folder, "-n", 7, "--seed", seed, "--out", tmp_path / name).exit_code == 0
     a, b, c = np.load(tmp_path / "a.npy"), torch.load(tmp_path / "b.pt", weights_only=True), np.load(tmp_path / "c.npy")
     assert a.shape == (7, 64)
-    assert np.array_equal(a, pg.load(folder).program.sample(7, seed=4).numpy())  # type: ignore[attr-defined]
+    assert np.array_equal(a, pg.load(folder).program.sample(7, seed=4).numpy())
     assert np.array_equal(a, b.numpy())
     assert not np.array_equal(a, c)
     assert run("sample", folder, "-n", 7, "--out", tmp_path / "d.png").exit_code == 0
@@ -305,25 +305,25 @@ def test_divergence_is_status_3_and_keeps_the_last_good_state(table: Path, tmp_p
     kept = pg.load(tmp_path / "run")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(tmp_path / "run").values())
     x = torch.from_numpy(np.load(table))
-    assert bool(torch.isfinite(kept.program.lower_bound(x)).all())  # type: ignore[attr-defined]
+    assert bool(torch.isfinite(kept.program.lower_bound(x)).all())
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in checkpoint["tensors"])
 
 
-# ------------------------------------------------------------------------------------------------- what is no bad input --
+# ----------------------------------------------------------------------------------------- what is no bad input --
 def test_a_bug_keeps_its_traceback(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["fit", "vae", "--data", table, "--steps", 2, "--out", tmp_path / "run", *SMALL]
+    words = ["fit", "vae", "--data", table, "--steps", 2, *SMALL]
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ValueError("a bug in a library")
 
     monkeypatch.setattr(torch.optim.Adam, "step", broken)  # raised by code that is not ours
     with pytest.raises(ValueError, match="a bug in a library"):
-        run(*words)
+        run(*words, "--out", tmp_path / "run")
     monkeypatch.undo()
     monkeypatch.setattr("pyro_gen.datasets.load", lambda *args, **kwargs: 3)  # our code stumbles, nothing says `raise`
-    with pytest.raises(TypeError, match="not subscriptable|has no len|not iterable"):
-        run(*words[:-4], "--out", tmp_path / "other")
+    with pytest.raises(TypeError, match="has no len"):
+        run(*words, "--out", tmp_path / "other")
 
 
 # --------------------------------------------------------------------------------------------------------- processes --
@@ -349,7 +349,7 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to a child there")
 def test_an_interrupted_run_goes_on_to_the_same_weights(table: Path, tmp_path: Path) -> None:
-    words = ["fit", "vae", "--data", table, "--steps", 3000, "--batch-size", 9, "--average", 0.99, "--no-plots"]
+    words = ["fit", "vae", "--data", table, "--steps", 1500, "--batch-size", 9, "--average", 0.99, "--no-plots"]
     words += ["--checkpoint-every", 10, "--compile", "off", *SMALL]
     child = process(*words, "--out", tmp_path / "run")
     until = time.monotonic() + 120
@@ -361,7 +361,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(table: Path, tmp_path: P
     assert out == ""
     assert err.count("\n") == 1
     steps = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
-    assert 10 <= steps < 3000
+    assert 10 <= steps < 1500
     assert f"after {steps} steps" in err
     assert "--resume" in err
     assert "unfinished" in refused("evaluate", tmp_path / "run")

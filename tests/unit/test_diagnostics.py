@@ -86,7 +86,7 @@ def test_active_units_of_a_vae_agree_with_its_encoder():
     vae = VAE(6, latent_dim=4)
     data = torch.randn(50, 6)
     torch.testing.assert_close(active_units(vae, data).variance, vae.encode(data).mean.double().var(0).detach())
-    assert 0 <= active_units(vae, data).count <= 4
+    assert str(active_units(vae, data, threshold=0)) == "4 of 4"
 
 
 # ------------------------------------------------------------------------------------------------------------------ KL
@@ -168,6 +168,8 @@ def test_kl_of_vaes_of_every_guide_and_prior():
             assert kl.value.shape == (3,)
             assert kl.kind == ("exact" if prior is None else "estimate")
             assert bool((kl.value > -4 * kl.standard_error).all())
+            assert not kl.value.requires_grad
+            assert f"{float(kl.joint):.2f} nats a row" in str(kl)
             if prior is None:
                 assert float(kl.joint - kl.value.sum()) > -1e-6
 

@@ -134,7 +134,9 @@ def test_every_row_gets_exactly_its_draws_at_any_memory(memory, count):
     program = make()
     method = ImportanceSampling(count, memory=memory, seed=0)
     x = data(13)
-    assert method.log_weights(program, x).shape == (count, 13)
+    log_weights = method.log_weights(program, x)
+    assert log_weights.shape == (count, 13)
+    assert log_weights.dtype == torch.float64
     program.guide.draws = 0
     with pyro.validation_enabled(False):  # no checked run over all rows
         method.log_evidence(program, x)

@@ -26,6 +26,7 @@ from pyro_gen.base import Bounded, Exact, Implicit, Unnormalized
 from pyro_gen.evidence import ImportanceSampling, log_evidence
 from pyro_gen.fitting import fit
 from pyro_gen.inference_data import containers, to_inference_data
+from pyro_gen.inference_data import draws as drawing
 from pyro_gen.inference_data.variables import plain
 from pyro_gen.objectives import ELBO
 from pyro_gen.programs import VAE
@@ -473,7 +474,7 @@ def test_an_error_in_the_model_is_raised():
 def test_many_draws_are_cut_into_chunks(monkeypatch):
     samples = {"w": normal_draws(2, 15, 2)}
     whole = to_inference_data(mcmc_of(linear, samples, X2, Y2))
-    monkeypatch.setattr("pyro_gen.inference_data.draws.NUMBERS", 40)
+    monkeypatch.setattr(drawing, "NUMBERS", 40)
     cut = to_inference_data(mcmc_of(linear, samples, X2, Y2))
     np.testing.assert_allclose(whole["log_likelihood"]["y"].values, cut["log_likelihood"]["y"].values, rtol=1e-6)
 
@@ -540,7 +541,7 @@ def test_loo_runs_on_eight_schools_by_svi():
 
 def test_draws_in_a_plate_and_in_a_loop_have_one_distribution(monkeypatch):
     y = torch.tensor([1.0, 2.0, 4.0])
-    monkeypatch.setattr("pyro_gen.inference_data.draws.FEW", 10**6)
+    monkeypatch.setattr(drawing, "FEW", 10**6)
     looped = to_inference_data((conjugate, exact_guide), y, draws=300, seed=0)
     assert looped["log_likelihood"].attrs["method"] == "loop"
     values = looped["posterior"]["mu"].values
@@ -913,7 +914,8 @@ def test_attributes_are_what_netcdf_can_keep():
         "flag": True, "none": None, "table": {"a": [1]}, "numbers": (1, 2.5), "words": ["a", "b"], "count": np.int64(3),
         "tensor": torch.tensor([1.0, 2.0]), "version": torch.__version__, "path": torch.Size([2]), "empty": [],
     })  # fmt: skip
-    assert kept["flag"] == 1 and type(kept["flag"]) is int
+    assert kept["flag"] == 1
+    assert type(kept["flag"]) is int
     assert "none" not in kept
     assert json.loads(kept["table"]) == {"a": [1]}
     assert kept["numbers"] == [1, 2.5]
@@ -945,8 +947,8 @@ def test_a_result_without_a_reason_is_plain_arviz(schools):
 
 def test_arviz_is_imported_when_needed():
     code = (
-        "import sys, pyro_gen.inference_data, pyro_gen.comparison; "
-        "print([m for m in ('arviz', 'arviz_base', 'arviz_stats', 'xarray', 'pandas', 'matplotlib') if m in sys.modules])"
+        "import sys, pyro_gen.inference_data, pyro_gen.comparison; heavy = 'arviz', 'arviz_base', 'arviz_stats', "
+        "'xarray', 'pandas', 'matplotlib'; print([m for m in heavy if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
@@ -976,7 +978,7 @@ def mixture(y):
 
 def test_discrete_latents_that_were_summed_out():
     mcmc = mcmc_of(mixture, {"loc": normal_draws(1, 10, 2)}, torch.zeros(3))
-    with pytest.raises(ValueError, match="'k' is discrete and was summed out.*log_likelihood=False"):
+    with pytest.raises(ValueError, match=r"'k' is discrete and was summed out.*log_likelihood=False"):
         to_inference_data(mcmc)
     idata = to_inference_data(mcmc, log_likelihood=False)
     assert dict(idata["posterior"].sizes) == {"chain": 1, "draw": 10, "loc_dim_0": 2}
@@ -988,7 +990,7 @@ def test_discrete_latents_that_were_summed_out():
 
 def test_latents_that_were_not_saved():
     mcmc = mcmc_of(eight_schools, {"mu": normal_draws(1, 10)}, SIGMA, Y)
-    with pytest.raises(ValueError, match="'tau', 'theta_t' has no draws.*save_params"):
+    with pytest.raises(ValueError, match=r"'tau', 'theta_t' has no draws.*save_params"):
         to_inference_data(mcmc)
 
 
@@ -1001,7 +1003,7 @@ def potential(values):
     [
         (lambda: MCMC(NUTS(conjugate), 3), ValueError, "call mcmc.run"),
         (lambda: StreamingMCMC(NUTS(conjugate), 3), TypeError, "keeps statistics and no draws"),
-        (lambda: [], ValueError, "empty list"),
+        (list, ValueError, "empty list"),
         (lambda: 3, TypeError, "to_inference_data takes pyro.infer.MCMC"),
         (lambda: NUTS, TypeError, "make an instance"),
         (lambda: exact_guide, TypeError, "model is missing"),

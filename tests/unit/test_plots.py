@@ -11,6 +11,7 @@ import torch
 import pyro_gen as pg
 from pyro_gen import plots
 from pyro_gen.fitting.results import FitResult, History
+from pyro_gen.plots.data import TILE
 
 
 def bars(ax):
@@ -55,6 +56,8 @@ def test_loss_shows_the_history_and_its_marks():
     assert [mark.get_xdata()[0] for mark in marks] == [180, 100]
     assert legend(ax) == ["training", "validation", "stopped, step 180", "best validation, step 100"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "loss, nats per datum")
+    at_once = plots.loss(result({"loss": falling}, [(180, 4.0)], 180, 180)).axes[0]
+    assert legend(at_once)[-1] == "best validation, stopped, step 180"
 
 
 def test_loss_without_validation_and_with_values_off_the_scale():
@@ -83,8 +86,8 @@ def test_loss_of_a_game_has_a_line_a_player_and_no_nats():
 def tiles(ax, side, columns, rows):
     """The grey values that a sheet of square images shows, one image a row."""
     sheet = torch.as_tensor(ax.images[0].get_array())[..., 0]
-    enlarged = math.ceil(plots.TILE / side)
-    step, line = side * enlarged, plots.TILE // 16
+    enlarged = math.ceil(TILE / side)
+    step, line = side * enlarged, TILE // 16
     assert sheet.shape == (rows * (step + line) - line, columns * (step + line) - line)
     cut = [sheet[r * (step + line) :, c * (step + line) :][:step, :step] for r in range(rows) for c in range(columns)]
     return torch.stack([image[enlarged // 2 :: enlarged, enlarged // 2 :: enlarged].flatten() for image in cut])
@@ -100,7 +103,7 @@ def test_samples_tiles_images_in_the_places_of_their_originals(vae, digits):
     assert not torch.equal(generated, tiles(plots.samples(vae, digits, n=12, seed=4).axes[2], 8, 4, 3))
     bright = plots.samples(vae, 1 - digits, n=12)
     torch.testing.assert_close(tiles(bright.axes[0], 8, 4, 3), 1 - digits[:12].double())
-    assert len(plots.samples(vae, digits).axes[0].images[0].get_array()) > 6 * plots.TILE  # 36 of them
+    assert len(plots.samples(vae, digits).axes[0].images[0].get_array()) > 6 * TILE  # 36 of them
 
 
 def test_samples_of_colours_and_of_channels_first_images():
@@ -108,7 +111,7 @@ def test_samples_of_colours_and_of_channels_first_images():
     program = pg.VAE((3, 8, 6), latent_dim=2, encoder="conv", decoder="conv")
     x = torch.rand(4, 3, 8, 6)
     sheet = torch.as_tensor(plots.samples(program, x).axes[0].images[0].get_array())
-    enlarged = math.ceil(plots.TILE / 6)
+    enlarged = math.ceil(TILE / 6)
     first = sheet[: 8 * enlarged : enlarged, : 6 * enlarged : enlarged].permute(2, 0, 1)
     torch.testing.assert_close(first, (x[0].double() - x.min()) / (x.max() - x.min()))
     one = pg.VAE((1, 8, 8), latent_dim=2, likelihood="bernoulli", encoder="conv", decoder="conv")
@@ -173,7 +176,7 @@ def test_image_shape_says_what_an_image_is(digits):
     torch.manual_seed(5)
     wide = pg.VAE(64, likelihood="bernoulli", hidden=(8,))
     sheet = plots.samples(wide, digits, n=1, image_shape=(4, 16)).axes[0].images[0].get_array()
-    assert sheet.shape == (plots.TILE, 4 * plots.TILE, 3)
+    assert sheet.shape == (TILE, 4 * TILE, 3)
     with pytest.raises(ValueError, match=r"image_shape must be \(height, width\).*with 64 values, got \(9, 9\)"):
         plots.samples(wide, digits, image_shape=(9, 9))
     assert plots.samples(pg.VAE(25, hidden=(8,)), torch.randn(30, 25)).axes[0].collections  # a small square is no image

@@ -97,7 +97,7 @@ class Honest(Looser):
     bias = 0.0
 
 
-def narrow(x: Tensor) -> pg.Bounded:
+def narrow() -> pg.Bounded:
     """A pair near its optimum, whose log weights vary little."""
     linear = nn.Linear(3, 4)
     nn.init.zeros_(linear.weight)
@@ -113,7 +113,7 @@ def test_density(x: Tensor) -> None:
     testing.check_density(exact(), x)
     with pytest.raises(ContractError, match=r"log_prob is off the density of the trace by 0\.0001"):
         testing.check_density(Nearly(LinearGaussian(), 3), x)
-    fine = narrow(x)
+    fine = narrow()
     testing.check_density(Honest(fine.model, fine.guide, 3), x)
     with pytest.raises(ContractError, match="lower_bound of row 2"):
         testing.check_density(Looser(fine.model, fine.guide, 3), x)
@@ -156,14 +156,8 @@ class Forgetful(nn.Module):
 
 
 class Family(pg.Exact):
-    def __init__(self, features: int) -> None:
-        super().__init__(Forgetful(), None, features)  # type: ignore[call-arg]
-        self.config = {"features": features}
-
-
-class FamilyOfOne(pg.Exact):
-    def __init__(self, model: type[nn.Module] = Forgetful) -> None:
-        super().__init__(model(), 3)
+    def __init__(self) -> None:
+        super().__init__(Forgetful(), 3)
         self.config = {}
 
 
@@ -184,7 +178,7 @@ class Elsewhere(nn.Module):
 def test_state(x: Tensor) -> None:
     testing.check_state(exact(), x)
     with pytest.raises(ContractError, match="built from its config does not give the same log_prob"):
-        testing.check_state(FamilyOfOne(), x)
+        testing.check_state(Family(), x)
     with pytest.raises(ContractError, match="computes with something else"):
         testing.check_state(pg.Exact(Elsewhere(), 3), x)
 
