@@ -511,7 +511,13 @@ class Objective(pyro.infer.ELBO, Generic[K]):
     def loss_and_grads(self, model: Any, guide: Any, *batch: Any, **kwargs: Any) -> float:
         """The loss as a float; accumulates gradients and shows every trainable parameter to ``SVI``."""
         module = self._module(model, guide)
+        new = module.structure is None
         value = module(*batch, **kwargs)
+        if new and value.requires_grad and not module.trainable():
+            raise ValueError(
+                "the loss depends on parameters that SVI cannot find: pass modules as model and guide, not methods or "
+                "functions around them, or name what they hold by pyro.module inside"
+            )
         announce("objective", module)
         if value.requires_grad:
             value.backward()

@@ -3,7 +3,7 @@
 A loss of this package leaves nothing to Python while it runs: no ``.item()``, no branch on a value. So ``make_fx`` can
 trace ``grad_and_value`` of a ``functional_call`` of it, Pyro's handlers and all, down to a graph of tensor operations,
 which inductor compiles. What the graph has baked in is kept in the cache key (shapes, dtypes, devices, training flags,
-which parameters are frozen and where they live); what changes in place is seen (parameters, buffers).
+which parameters are frozen, where tensors live); what changes in place is seen (parameters, buffers).
 
 A new graph is trusted only after one same-seed check: loss and gradients must equal those of the eager loss, which was
 run with validation on. Programs that the graph would silently get wrong are refused by name: ``pyro.param`` statements
@@ -97,10 +97,14 @@ class CompiledStep:
         return len(self._cache)
 
     def __call__(self, batch: tuple[Tensor, ...], total: int | None, divisor: int) -> Tensor:
-        # where a parameter lives is part of the key: the graph runs on detached views, which see in-place changes only
-        state = [(p.requires_grad, p.data_ptr()) for p in self.module.parameters()]
+        # where tensors live is part of the key: the graph runs on detached views, which see in-place changes only
+        state: list[Any] = []
+        for part in self.module.modules():
+            state.append(part.training)
+            state += [(p.requires_grad, p.data_ptr()) for p in part._parameters.values() if p is not None]
+            state += [b.data_ptr() for b in part._buffers.values() if b is not None]
         shapes = [(t.shape, t.dtype, t.device) for t in batch]
-        key = (*shapes, *state, self.module.training, total, divisor)
+        key = (*shapes, *state, total, divisor)
         if key not in self._cache:
             start = time.perf_counter()
             self._cache[key] = self._build(batch, total, divisor)
@@ -121,17 +125,17 @@ class CompiledStep:
 
         def step(*tensors: Tensor) -> tuple[Tensor, ...]:
             train, rest, data = tensors[:count], tensors[count : count + len(fixed)], tensors[count + len(fixed) :]
-            held = dict(zip(fixed_names, rest, strict=True))
 
-            def loss(train: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-                swapped = {**held, **dict(zip(names, train, strict=True))}
+            # buffers are arguments of the loss, not captured by it: torch.func refuses to write into what is captured
+            def loss(train: tuple[Tensor, ...], rest: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+                swapped = dict(zip((*fixed_names, *names), (*rest, *train), strict=True))
                 losses = functional_call(
                     _Losses(module), {f"module.{n}": t for n, t in swapped.items()}, (total, *data)
                 )
                 losses = tuple(value / divisor for value in losses)
                 return sum(losses[1:], start=losses[0]), losses
 
-            grads, (_, losses) = grad_and_value(loss, has_aux=True)(tuple(train))
+            grads, (_, losses) = grad_and_value(loss, has_aux=True)(tuple(train), tuple(rest))
             norm = torch.stack([g.square().sum() for g in grads]).sum()
             return (*grads, torch.stack([*losses, norm]))
 

@@ -97,7 +97,7 @@ class Structure:
         model_latents: latent sites of the model.
         guide_latents: sample sites of the guide that are not auxiliary.
         global_sites: latent sites of the model and sites of the guide that stand outside the data plate.
-        enumerated: True if a site asks for enumeration (``infer={"enumerate": "parallel"}``).
+        enumerated: names of the sites that ask for enumeration (``infer={"enumerate": "parallel"}``).
         reparameterized: True if every guide site is drawn by the reparameterization trick.
     """
 
@@ -109,7 +109,7 @@ class Structure:
     model_latents: tuple[str, ...]
     guide_latents: tuple[str, ...]
     global_sites: tuple[str, ...]
-    enumerated: bool
+    enumerated: tuple[str, ...]
     reparameterized: bool
 
     def require_data_plate(self, purpose: str) -> str:
@@ -178,7 +178,7 @@ def structure(
         model_latents=tuple(latents),
         guide_latents=tuple(n for n, s in q.items() if site_kind(s) == "latent"),
         global_sites=tuple(outside),
-        enumerated=any((s["infer"] or {}).get("enumerate") for s in (*q.values(), *p.values())),
+        enumerated=tuple(n for n, s in {**p, **q}.items() if (s["infer"] or {}).get("enumerate")),
         reparameterized=all(s["fn"].has_rsample for s in q.values() if not s["is_observed"]),
     )
     tensors: list[Tensor] = []
@@ -357,8 +357,9 @@ def check_pair(shape: Structure, *, summed_out: bool = False) -> None:
         shape: of the pair.
         summed_out: True where latents marked for enumeration are summed out, and so may be missing from the guide.
     """
-    missing = [n for n in shape.model_latents if n not in shape.guide_latents]
-    if missing and not (summed_out and shape.enumerated):
+    there = {*shape.guide_latents, *(shape.enumerated if summed_out else ())}
+    missing = [n for n in shape.model_latents if n not in there]
+    if missing:
         raise ValueError(
             f"latent site {', '.join(map(repr, missing))} of the model is not in the guide: nothing stands in for its "
             "integral. Add it to the guide, or mark it for enumeration (infer={'enumerate': 'parallel'}) under pg.ELBO"
@@ -439,7 +440,7 @@ class DataScale(Messenger):
     def __init__(self, plate: str | None, total: int | None = None, apply: bool = True) -> None:
         super().__init__()
         self.plate, self.total, self.apply = plate, total, apply
-        self.scales: dict[str, Any] = {}
+        self.scales: dict[tuple[str, Any], Any] = {}  # a site of model and guide may carry two
 
     def _pyro_sample(self, msg: Any) -> None:
         if type(msg["fn"]).__name__ == "_Subsample":
@@ -451,7 +452,7 @@ class DataScale(Messenger):
                     scale = scale * (self.total / frame.size)
                 if self.apply:
                     msg["scale"] = scale
-                self.scales[msg["name"]] = scale
+                self.scales[msg["name"], id(scale) if isinstance(scale, Tensor) else scale] = scale
 
     def factor(self, rows: int) -> Any:
         """The one scale that all sites of a row carried, to be multiplied to the row's loss."""
@@ -463,9 +464,10 @@ class DataScale(Messenger):
             if tensors and not is_validation_enabled():  # comparing would wait for the device
                 continue
             if not (torch.equal(torch.as_tensor(first), torch.as_tensor(other)) if tensors else first == other):
+                names = sorted({name for name, _ in self.scales})
                 raise ValueError(
-                    f"the sites {sorted(self.scales)} of a row carry different scales {list(self.scales.values())}; "
-                    "the logarithm of a mean of weights is defined only under one scale a row (pg.ELBO takes several)"
+                    f"the sites {names} of a row carry different scales, {first} and {other}; the logarithm of a "
+                    "mean of weights is defined only under one scale a row (pg.ELBO takes several)"
                 )
         return first
 

@@ -411,7 +411,7 @@ class _Run:
         bad = [
             named.get(id(t), f"pyro.param {tuple(t.shape)}")
             for t in self.tensors
-            if t.grad is not None and not bool(torch.isfinite(t.grad).all())
+            if t.grad is not None and not bool(torch.isfinite(t.grad.square().sum()))
         ]
         rows: list[int] = []
         torch.set_rng_state(noise)

@@ -342,7 +342,7 @@ def _check_pair(names: tuple[str, ...], guide: Mapping[str, Site], model: Mappin
             model_latents=names,
             guide_latents=tuple(n for n, s in guide.items() if site_kind(s) == "latent"),
             global_sites=(),
-            enumerated=False,
+            enumerated=(),
             reparameterized=True,
         )
     )

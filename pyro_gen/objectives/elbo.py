@@ -96,7 +96,8 @@ class ELBOModule(ObjectiveModule):
         """-log w of one run, whose gradient is that of the bound."""
         p, q = handlers.sample_sites(model_trace), handlers.sample_sites(guide_trace)
         if self.objective.analytic_kl:
-            kl = {n: v for n in p if n in q and (v := closed_kl(q[n]["fn"], p[n]["fn"])) is not None}
+            shared = [n for n in p if n in q and _one_scale(p[n], q[n])]
+            kl = {n: v for n in shared if (v := closed_kl(q[n]["fn"], p[n]["fn"])) is not None}
         else:
             kl = {}
         loss: Any = sum(scale_and_mask(v, q[n]["scale"], q[n]["mask"]).sum() for n, v in kl.items())
@@ -130,6 +131,12 @@ class ELBOModule(ObjectiveModule):
             vectorize_particles=objective.vectorize_particles,
         )
         return cast(Tensor, elbo.differentiable_loss(self.model, self.guide, *batch, **kwargs))
+
+
+def _one_scale(p: Site, q: Site) -> bool:
+    """Whether log p and log q of a site count alike; under two scales their sum is no multiple of a KL."""
+    scales = p["scale"], q["scale"]
+    return any(isinstance(s, Tensor) for s in scales) or scales[0] == scales[1]
 
 
 def _scaled(site: Site) -> Tensor:

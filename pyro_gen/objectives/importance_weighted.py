@@ -43,9 +43,9 @@ class IWAEModule(ObjectiveModule):
     objective: IWAE
 
     def check_structure(self, shape: Structure) -> None:
-        handlers.check_pair(shape)
         if shape.enumerated:
             raise ValueError("IWAE does not enumerate discrete sites: use pg.ELBO, which sums them out")
+        handlers.check_pair(shape)
         if self.objective.gradient != "iwae" and not shape.reparameterized:
             raise ValueError(
                 f"gradient={self.objective.gradient!r} differentiates through the draws, and the guide has a site that "

@@ -117,7 +117,7 @@ def test_structure_of_nested_and_subsampled_plates() -> None:
             pyro.sample("x", dist.Normal(k, 1.0), obs=x)
 
     assert not structure(rough, rough, torch.zeros(4))[0].reparameterized
-    assert structure(enumerated, None, torch.zeros(4))[0].enumerated
+    assert structure(enumerated, None, torch.zeros(4))[0].enumerated == ("k",)
 
 
 def test_structure_without_a_plate_over_rows() -> None:
@@ -161,6 +161,22 @@ def test_rows_are_counted_by_the_first_tensor() -> None:
     assert handlers.count_rows((torch.zeros(3, 2), torch.zeros(5))) == 3
     with pytest.raises(ValueError, match="first entry"):
         handlers.count_rows((3, "x"))
+
+
+def test_only_what_is_summed_out_may_be_missing_from_the_guide() -> None:
+    def both(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(torch.ones(()) / 2), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(k, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    shape, _ = structure(both, local_guide, torch.zeros(3))
+    handlers.check_pair(shape, summed_out=True)
+    with pytest.raises(ValueError, match="latent site 'k' of the model is not in the guide"):
+        handlers.check_pair(shape)
+    shape, _ = structure(both, None, torch.zeros(3))
+    with pytest.raises(ValueError, match="latent site 'z' of the model is not in the guide"):
+        handlers.check_pair(shape, summed_out=True)
 
 
 def test_pairs_that_do_not_match_are_named() -> None:
@@ -346,7 +362,12 @@ def test_sites_of_a_row_under_different_scales_are_refused() -> None:
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     _, seen = scaled_trace(annealed, torch.zeros(3), None, apply=False)
-    with pytest.raises(ValueError, match=r"\['x', 'z'\] of a row carry different scales \[0.5, 1.0\]"):
+    with pytest.raises(ValueError, match=r"\['x', 'z'\] of a row carry different scales, 0\.5 and 1\.0"):
+        seen.factor(3)
+    with DataScale("data") as seen:  # a site of the guide under another scale than that of the model
+        poutine.scale(local_guide, 2.0)(torch.zeros(3))
+        poutine.condition(local_model, {"z": torch.zeros(3)})(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"carry different scales, 2\.0 and 1\.0"):
         seen.factor(3)
 
 
