@@ -130,7 +130,9 @@ def continuous(latent_dim: int, hidden: tuple[int, ...], components: int) -> pg.
     return pg.VAE(64, latent_dim, NormalMixture(components), decoder=decoder, hidden=hidden)
 
 
-def fitted(make: Callable[[], pg.VAE], train: Tensor, validation: Tensor, steps: int, seed: int) -> tuple[pg.VAE, float, float]:
+def fitted(
+    make: Callable[[], pg.VAE], train: Tensor, validation: Tensor, steps: int, seed: int
+) -> tuple[pg.VAE, float, float]:
     """A VAE fitted with one seed, its validation bound and the CPU seconds it took."""
     start = time.process_time()
     with torch.random.fork_rng(devices=[]):
@@ -149,7 +151,9 @@ def chosen(
 ) -> list[Score]:  # fmt: skip
     """Fit every candidate with every seed, take the one of the best median validation bound, score its seeds."""
     train, validation, test = data
-    runs = {name: [fitted(make, train, validation, steps, seed) for seed in range(seeds)] for name, make in makes.items()}
+    runs = {
+        name: [fitted(make, train, validation, steps, seed) for seed in range(seeds)] for name, make in makes.items()
+    }
     medians = {name: statistics.median(bound for _, bound, _ in run) for name, run in runs.items()}
     for name, bound in medians.items():
         print(f"  candidate {name}: validation ELBO {bound + log_jacobian:.2f} (median of {seeds})", flush=True)
@@ -161,7 +165,8 @@ def chosen(
         k = evidence.pareto_k
         note = f"{best}; k̂ > .7 in {int((k > 0.7).sum())} rows" if k is not None else best
         sign = {"lower bound": "≥", "estimate": "≈"}[mean.kind]
-        scores.append(Score(evidence.value + log_jacobian, float(mean.standard_error), sign, seconds, note))  # type: ignore[arg-type]
+        assert mean.standard_error is not None
+        scores.append(Score(evidence.value + log_jacobian, float(mean.standard_error), sign, seconds, note))
     return scores
 
 
@@ -183,7 +188,9 @@ HEADER = ["model", "log p(x), nats per datum: median (range) of seeds", "Monte C
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
-    parser.add_argument("--smoke", action="store_true", help="few steps and one seed: tries the script, gives no result")
+    parser.add_argument(
+        "--smoke", action="store_true", help="few steps and one seed: tries the script, gives no result"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -191,6 +198,7 @@ def main() -> None:
 
     data = pg.datasets.digits(levels=GREY)
     binary = pg.datasets.digits(levels=2)
+
     def dequantized(x: Tensor, copies: int, seed: int) -> Tensor:
         return pg.datasets.dequantize(x.repeat(copies, 1), seed=seed)
 

@@ -3,17 +3,17 @@ A VAE on handwritten digits
 ===========================
 
 From images to a model with an evidence, a posterior in ArviZ and pictures, in half a minute. The images are
-scikit-learn's digits, 8 × 8 pixels of 17 grey levels, so a pixel is a whole number 0 … 16 and the model gives each image
-a probability.
+scikit-learn's digits, 8 × 8 pixels of 17 grey levels, so a pixel is a whole number 0 … 16 and the model gives each
+image a probability.
 """
 
 # %%
 # Data, program, fit
 # ------------------
 #
-# A program is a pair of Pyro programs: the model draws a latent z and an image from it, the guide (the encoder) stands in
-# for the posterior of z. The objective is the evidence lower bound; the weights kept are those of the best validation
-# bound. Numbers are nats per image.
+# A program is a pair of Pyro programs: the model draws a latent z and an image from it, the guide (the encoder) stands
+# in for the posterior of z. The objective is the evidence lower bound; the weights kept are those of the best
+# validation bound. Numbers are nats per image.
 import os
 from pathlib import Path
 

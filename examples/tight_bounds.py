@@ -38,8 +38,8 @@ print(f"log p(x) of the {n} rows: {exact.sum():.6f} nats, in closed form")
 # A model, and a guide that is too simple for it
 # ----------------------------------------------
 #
-# The posterior of z is a normal with correlated coordinates. The guide has its mean, but independent coordinates: the best
-# that a diagonal guide can do.
+# The posterior of z is a normal with correlated coordinates. The guide has its mean, but independent coordinates: the
+# best that a diagonal guide can do.
 precision = weights.T @ weights / noise + torch.eye(2, dtype=x.dtype)
 covariance = torch.linalg.inv(precision)
 
@@ -60,8 +60,8 @@ def guide(x):
 # The bound rises with the number of draws
 # ----------------------------------------
 #
-# K = 1 is the ELBO. Its gap to the evidence is the KL divergence of the guide to the posterior, 24 nats here, and no number
-# of *averaged* draws closes it. The importance-weighted bound takes the logarithm of the mean weight and does.
+# K = 1 is the ELBO. Its gap to the evidence is the KL divergence of the guide to the posterior, 24 nats here, and no
+# number of *averaged* draws closes it. The importance-weighted bound takes the logarithm of the mean weight and does.
 repeats, draws = 100, [1, 3, 10, 30, 100, 300, 1000]
 bounds = {}
 for k in draws:
@@ -73,7 +73,7 @@ for k in draws:
 figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
 means = np.array([bounds[k].mean() for k in draws])
 errors = np.array([2 * bounds[k].std() / math.sqrt(repeats) for k in draws])
-axis.errorbar(draws, means, errors, fmt="o-", ms=4, capsize=2, color="#0072b2", label="importance-weighted bound (± 2 se)")
+axis.errorbar(draws, means, errors, fmt="o-", ms=4, capsize=2, color="#0072b2", label="bound (± 2 se)")
 axis.axhline(float(exact.sum()), color="#333333", lw=1, label="exact evidence")
 axis.set(xscale="log", xlabel="K, draws of the guide", ylabel="log p(x) of all rows, nats")
 axis.legend(frameon=False)

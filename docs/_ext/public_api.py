@@ -30,7 +30,7 @@ TITLES = {  # module of the package -> title of its page, in the order of the pa
 }
 
 # classes whose methods are not ours to tell
-OTHERS = "Module, ELBO, ELBOModule, Generic, Protocol, tuple, BaseException"
+OTHERS = "Module, ELBO, ELBOModule, Generic, Protocol, tuple, BaseException, TorchDispatchMode"
 
 
 def heading(text: str, line: str) -> list[str]:
