@@ -232,7 +232,11 @@ class Samples(Program):
         found = [name for name, value in redrawn.observed.items() if value is x] or list(redrawn.observed)
         if len(found) != 1:
             raise ValueError(f"the model's data site is not clear among {found}: observe x itself, obs=x")
-        return cast(Tensor, trace.nodes[found[0]]["value"])
+        drawn, shape = cast(Tensor, trace.nodes[found[0]]["value"]), (n, *self.event_shape)
+        if [d for d in drawn.shape if d != 1] != [d for d in shape if d != 1]:  # obs=x.squeeze(-1) is x all the same
+            given = f"the model's site {found[0]!r} has shape {tuple(drawn.shape)}"
+            raise ValueError(f"{given}, x has {shape}: observe x itself, obs=x")
+        return drawn.reshape(shape)
 
 
 class Implicit(Samples):

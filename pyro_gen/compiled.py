@@ -60,8 +60,8 @@ def eager_step(module: ObjectiveModule, batch: tuple[Tensor, ...], total: int | 
     Losses are divided by ``divisor``, the number of rows they estimate a sum over.
     """
     losses = [loss / divisor for loss in module.losses(*batch, total=total)]
-    parameters = module.trainable()
-    for parameter in parameters:
+    parameters = [*module.parameters(), *module.__dict__["store_parameters"]]
+    for parameter in parameters:  # frozen ones too: an optimizer would go on by the gradient they had
         parameter.grad = None
     whole = sum(losses[1:], start=losses[0])
     whole.backward()
@@ -156,6 +156,7 @@ class CompiledStep:
             ) from error
 
         live = list(used.values())
+        idle = [p for n, p in module.named_parameters() if n not in used]
         views = [*inputs[0], *inputs[1]]
 
         @torch.no_grad()
@@ -163,6 +164,8 @@ class CompiledStep:
             out = run(*views, *data)
             for parameter, gradient in zip(live, out[:-1], strict=True):
                 parameter.grad = gradient
+            for parameter in idle:
+                parameter.grad = None
             return out[-1]  # type: ignore[no-any-return]
 
         with preserved_state(module, seed=0):

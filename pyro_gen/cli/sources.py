@@ -16,19 +16,18 @@ VALIDATION, TEST = 0.1, 0.2  # fractions of a file's rows
 
 
 class Data(NamedTuple):
-    """Batches ``(x,)`` or ``(x, context)``; labels of the test rows where they are known."""
+    """Batches ``(x,)`` or ``(x, context)``.
+
+    ``facts`` is what identifies the data: source, checksum, rows of each part. ``rows`` says where the training rows
+    stand in a file; ``labels`` are those of the test rows, where they are known.
+    """
 
     train: tuple[Tensor, ...]
     validation: tuple[Tensor, ...]
     test: tuple[Tensor, ...]
-    labels: Tensor | None
     facts: dict[str, Any]
-
-    def describe(self) -> str:
-        rows = self.facts["rows"]
-        return (
-            f"{self.facts['source']}: {rows['train']} train, {rows['validation']} validation, {rows['test']} test rows"
-        )
+    rows: Tensor | None = None
+    labels: Tensor | None = None
 
 
 def read_data(options: dict[str, Any]) -> Data:
@@ -54,7 +53,7 @@ def _digits(options: dict[str, Any]) -> Data:
     with about("--data digits"):
         parts = digits(levels=levels, flat=flat, dequantize=options["dequantize"], labels=True)
     train, validation, test = ((x,) for x, _ in parts)
-    return _made("digits", train, validation, test, parts.test[1])
+    return Data(train, validation, test, _facts("digits", train, validation, test), labels=parts.test[1])
 
 
 def _file(options: dict[str, Any]) -> Data:
@@ -81,7 +80,8 @@ def _file(options: dict[str, Any]) -> Data:
     train, validation, test = (
         tuple(part[rows] for part in x) for rows in order.split([n - held - tested, held, tested])
     )
-    return _made(str(Path(options["data"]).expanduser().resolve()), train, validation, test, None)
+    source = str(Path(options["data"]).expanduser().resolve())
+    return Data(train, validation, test, _facts(source, train, validation, test), rows=order[: n - held - tested])
 
 
 def read_file(options: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -102,20 +102,8 @@ def read_file(options: dict[str, Any]) -> tuple[Tensor, ...]:
         return parts
 
 
-def _made(
-    source: str,
-    train: tuple[Tensor, ...],
-    validation: tuple[Tensor, ...],
-    test: tuple[Tensor, ...],
-    labels: Tensor | None,
-) -> Data:
+def _facts(source: str, *parts: tuple[Tensor, ...]) -> dict[str, Any]:
     from pyro_gen.fitting.checkpoints import checksum
 
-    rows = {"train": len(train[0]), "validation": len(validation[0]), "test": len(test[0])}
-    return Data(
-        train,
-        validation,
-        test,
-        labels,
-        {"source": source, "crc32": checksum((*train, *validation, *test)), "rows": rows},
-    )
+    rows = dict(zip(("train", "validation", "test"), (len(part[0]) for part in parts), strict=True))
+    return {"source": source, "crc32": checksum(tuple(tensor for part in parts for tensor in part)), "rows": rows}

@@ -283,7 +283,10 @@ def _train(run: Run, module: ObjectiveModule, content: Data, arguments: dict[str
         raise typer.Exit(INTERRUPTED) from None
     except pg.Divergence as error:
         keep(run, error.result)
-        typer.echo(f"pyro-gen: {one_line(error)}. {run.folder} keeps that state", err=True)
+        line = f"pyro-gen: {one_line(error)}"
+        if content.rows is not None and error.rows:
+            line += f". Of the file these are rows {sorted(content.rows[error.rows].tolist())[:5]}"
+        typer.echo(f"{line}. {run.folder} keeps that state", err=True)
         raise typer.Exit(DIVERGED) from None
     except (ValueError, TypeError, CannotCompile) as error:
         if not deliberate(error):
@@ -296,9 +299,9 @@ def _train(run: Run, module: ObjectiveModule, content: Data, arguments: dict[str
 def _say_interrupted(run: Run) -> None:
     done = "before the first checkpoint"
     if run.checkpoint.exists():
-        import torch
+        from pyro_gen.fitting.results import read_tensors
 
-        done = f"after {torch.load(run.checkpoint, weights_only=True)['step']} steps, kept in {run.checkpoint}"
+        done = f"after {read_tensors(run.checkpoint)['step']} steps, kept in {run.checkpoint}"
     again = f"pyro-gen fit {run.options['family']} --out {run.folder} --resume"
     typer.echo(f"pyro-gen: interrupted {done}; go on by {again}", err=True)
 

@@ -103,8 +103,14 @@ def _stack(data: Any, name: str) -> tuple[Any, ...]:
     return tuple(torch.stack([torch.as_tensor(row[i]) for row in rows]) for i in range(len(rows[0])))
 
 
-def split(batch: tuple[Tensor, ...], fraction: float, seed: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Split rows at random into training and validation parts; the second holds ``fraction`` of them."""
+def split(
+    batch: tuple[Tensor, ...], fraction: float, seed: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """Split rows at random into training and validation parts; the second holds ``fraction`` of them.
+
+    Returns:
+        ``(training, validation, rows)``, the last being where the training rows stood in ``batch``.
+    """
     if isinstance(fraction, bool) or not 0 < fraction < 1:
         raise ValueError(
             f"validation as a fraction must lie between 0 and 1, got {fraction!r}: 0.1 holds out a tenth of the rows"
@@ -116,7 +122,7 @@ def split(batch: tuple[Tensor, ...], fraction: float, seed: int) -> tuple[tuple[
             f"validation={fraction} of {rows} rows leaves one side empty: give more rows or another fraction"
         )
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).to(batch[0].device)
-    return tuple(p[order[held:]] for p in batch), tuple(p[order[:held]] for p in batch)
+    return tuple(p[order[held:]] for p in batch), tuple(p[order[:held]] for p in batch), order[held:]
 
 
 class Batches:

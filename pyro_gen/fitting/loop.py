@@ -128,6 +128,7 @@ def fit(
         with forked_generators():  # from the caller's generator, which stays where it is
             seed = int(torch.randint(2**31, ()))
     held: tuple[Tensor, ...] | None = None
+    kept: Tensor | None = None
     source: tuple[Tensor, ...] | DataLoader[Any]
     if isinstance(data, DataLoader):
         source = data
@@ -136,7 +137,7 @@ def fit(
     else:
         source = tuple(part.to(where) for part in as_batch(_moved(data, where), program))
         if isinstance(validation, (int, float)):
-            source, held = split(source, validation, seed)
+            source, held, kept = split(source, validation, seed)
         if program is not None:
             if source[0].shape[0] < 2:
                 raise ValueError(
@@ -154,7 +155,7 @@ def fit(
     if steps is None:
         assert epochs is not None
         steps = epochs * batches.per_epoch
-    run = _Run(module, batches, held, steps, seed, clip_norm, compile)
+    run = _Run(module, batches, held, kept, steps, seed, clip_norm, compile)
     run.config.update(
         lr=lr, schedule=_name(schedule), optimizer=_name(optimizer) or "Adam", clip_norm=clip_norm, average=average,
         validation_rows=None if held is None else len(held[0]), validate_every=validate_every, patience=patience,
@@ -184,12 +185,14 @@ class _Run:
         module: ObjectiveModule,
         batches: Batches,
         held: tuple[Tensor, ...] | None,
+        kept: Tensor | None,
         steps: int,
         seed: int,
         clip_norm: float | None,
         compile: bool | str,
     ) -> None:
         self.module, self.batches, self.held, self.steps, self.seed = module, batches, held, steps, seed
+        self.kept = kept  # where the training rows stood in the user's data, if they were split
         self.clip_norm, self.compile = clip_norm, compile
         self.history = History()
         self.step = 0
@@ -424,6 +427,8 @@ class _Run:
             rows = (~torch.isfinite(each)).nonzero().flatten().tolist()
             if self.batches.indices is not None:
                 rows = self.batches.indices[rows].tolist()
+            if self.kept is not None:
+                rows = self.kept[rows].tolist()
         torch._foreach_copy_([t.detach() for t in (*self.tensors, *self.buffers)], self.good)
         known = self.batches.full or self.batches.indices is not None
         what = "loss" if not all(map(math.isfinite, losses)) else "gradient"
@@ -495,7 +500,8 @@ class _Run:
         self.history = History(state["columns"], [(int(s), float(v)) for s, v in state["validation"]])
         self.best = None if state["best"] is None else tuple(state["best"])
         if self.average is not None and state["average"] is not None:
-            self.average.mean, self.average.count = state["average"]["mean"], state["average"]["count"]
+            torch._foreach_copy_(self.average.mean, state["average"]["mean"])
+            self.average.count = state["average"]["count"]
         self.keep()
 
 

@@ -101,7 +101,7 @@ def check_program(
         ContractError: at the first promise that is not kept; an ``AssertionError`` that names it.
 
     Example:
-        >>> import pyro_gen as pg
+        >>> import torch, pyro_gen as pg
         >>> vae = pg.VAE(3, latent_dim=2, hidden=(8,))
         >>> ran = check_program(vae, torch.randn(6, 3), objectives=[pg.ELBO()])
         >>> "ELBO: traced" in ran, "score" in ran  # a bound has no score

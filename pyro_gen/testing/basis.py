@@ -91,7 +91,7 @@ def stir(module: nn.Module, seed: int = 1) -> None:
 
 def structure(program: Program, *batch: Tensor) -> handlers.Structure:
     """What one run of a program shows, without a trace of the run."""
-    with torch.no_grad(), handlers.preserved_state(program), poutine.block():
+    with torch.no_grad(), handlers.preserved_state(program), handlers.evaluation_mode(program), poutine.block():
         return handlers.structure(program.model, program.guide, *batch)[0]
 
 
@@ -103,7 +103,7 @@ def is_discrete(program: Program, *batch: Tensor) -> bool:
 
 
 def answers(program: Program, *batch: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """All that a program of its kind can say about a batch, each answer at one seed."""
+    """All that a program of its kind can say about a batch in evaluation mode, each answer at one seed."""
     asked: dict[str, Callable[[], Tensor]] = {}
     if isinstance(program, Exact):
         asked["log_prob"] = lambda: program.log_prob(*batch)
@@ -116,7 +116,7 @@ def answers(program: Program, *batch: Tensor, seed: int = 0) -> dict[str, Tensor
             asked["lower_bound"] = lambda: bound(program, batch)
     if isinstance(program, Samples):
         asked["sample"] = lambda: program.sample(batch[0].shape[0], *batch[1:])
-    with torch.no_grad():
+    with torch.no_grad(), handlers.evaluation_mode(program):
         return {name: at_seed(seed, ask) for name, ask in asked.items()}
 
 

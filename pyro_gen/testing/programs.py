@@ -65,7 +65,8 @@ def check_shapes(program: Program, x: Tensor, context: Tensor | None = None) -> 
                     f"{name} of a single row has shape {tuple(found.shape)}",
                 )
             if isinstance(copied, Bounded) and not structure(copied, *batch).global_sites:
-                found = bound(copied, batch, particles=3)
+                with torch.no_grad(), handlers.evaluation_mode(copied):
+                    found = bound(copied, batch, particles=3)
                 expect(tuple(found.shape) == (rows,), f"lower_bound(x, particles=3) has shape {tuple(found.shape)}")
 
 

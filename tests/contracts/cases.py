@@ -40,6 +40,11 @@ class Decoder(nn.Module):
             pyro.sample("x", dist.Normal(self.net(z) + self.fixed, self.log_scale.exp()).to_event(1), obs=x)
 
 
+def noisy_encoder() -> nn.Module:
+    """With running statistics, and noise of its own while it trains."""
+    return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 5), nn.Dropout(0.2), nn.Linear(5, 4))
+
+
 class Encoder(nn.Module):
     def __init__(self, features: int = 3, latent: int = 2) -> None:
         super().__init__()
@@ -193,6 +198,11 @@ CASES = [
     Case("vae full rank", lambda: pg.VAE(3, guide="full_rank", **SMALL), real(3)),
     Case("vae context", lambda: pg.VAE(3, context_shape=2, **SMALL), real(3), real(2)),
     Case("vae conv", lambda: pg.VAE((1, 5, 4), encoder="conv", decoder="conv", latent_dim=2), real(1, 5, 4)),
+    Case(
+        "vae of given networks",
+        lambda: pg.VAE(3, latent_dim=2, encoder=noisy_encoder(), decoder=nn.Linear(2, 3)),
+        real(3),
+    ),
     Case("pair of modules", lambda: pg.Bounded(Decoder(), Encoder(), 3), real(3)),
     Case("pair of PyroModules", lambda: pg.Bounded(PyroDecoder(), PyroEncoder(), 3), real(3), store="in global mode"),
     Case("pair of functions", lambda: pg.Bounded(model_with_params, guide_with_params, 3), real(3), store="always"),

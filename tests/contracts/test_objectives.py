@@ -112,3 +112,19 @@ def test_traced_steps_are_the_eager_steps(case: Case, name: str, local: bool) ->
         assert why_not(prepared(module, batch))
         with pytest.raises(AssertionError, match="store"):
             testing.check_traced(module, *batch)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@on_all
+def test_on_a_gpu(case: Case, name: str) -> None:
+    program, batch = case.build()
+    with pyro.get_param_store().scope():
+        module = OBJECTIVES[name](program.to("cuda"))
+        if case.store == "always":
+            pytest.skip("pyro.param statements live where their initial values do")
+        loss = module(*(t.cuda() for t in batch))
+        loss.backward()
+        assert loss.device.type == "cuda"
+        assert torch.isfinite(loss)
+        assert all(p.grad is not None for p in module.trainable())

@@ -310,6 +310,17 @@ def test_divergence_is_status_3_and_keeps_the_last_good_state(table: Path, tmp_p
     assert all(bool(torch.isfinite(tensor).all()) for tensor in checkpoint["tensors"])
 
 
+def test_divergence_names_rows_of_the_file(tmp_path: Path) -> None:
+    x = np.random.default_rng(1).normal(size=(60, 3)).astype("float32")
+    row = int(np.random.default_rng(0).permutation(60)[4])  # a training row
+    x[row] = 1e30  # finite, and its square is not
+    np.save(tmp_path / "huge.npy", x)
+    result = run("fit", "vae", "--data", tmp_path / "huge.npy", "--out", tmp_path / "run", "--no-plots", *SMALL)
+    assert result.exit_code == 3
+    assert "at rows [4] of the data" in result.stderr
+    assert f"Of the file these are rows [{row}]" in result.stderr
+
+
 # ----------------------------------------------------------------------------------------- what is no bad input --
 def test_a_bug_keeps_its_traceback(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["fit", "vae", "--data", table, "--steps", 2, *SMALL]

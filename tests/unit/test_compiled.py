@@ -136,7 +136,7 @@ def test_validation_is_as_it_was(x: Tensor) -> None:
             assert torch.distributions.Distribution._validate_args == enabled
 
 
-# -------------------------------------------------------------------------------------------------- what is baked, and seen
+# ---------------------------------------------------------------------------------------------- what is baked, and seen
 def test_batch_statistics_are_those_of_the_steps_taken(x: Tensor) -> None:
     ends = []
     for compiled in (True, False):
@@ -210,19 +210,19 @@ def test_dropout_and_statistics_follow_the_mode(x: Tensor) -> None:
     torch.testing.assert_close(assert_same(step, x)[0][0], training[0])
 
 
-# -------------------------------------------------------------------------------------------------------- frozen and unused
+# ---------------------------------------------------------------------------------------------------- frozen and unused
 def test_frozen_parameters_have_no_gradient(x: Tensor) -> None:
     module = bind()
     step = trace(module)
-    _, grads = assert_same(step, x)
-    assert grads["model.fixed"] is None
-    module.guide.requires_grad_(False)
-    _, grads = assert_same(step, x)
-    assert {n for n, g in grads.items() if g is not None} == {
-        n for n in grads if n.startswith(("model.net", "model.log"))
-    }
-    module.guide.requires_grad_(True)
-    assert assert_same(step, x)[1]["guide.net.weight"] is not None
+    everything = {n for n, g in assert_same(step, x)[1].items() if g is not None}
+    assert everything == {n for n, _ in module.named_parameters()} - {"model.fixed"}
+    guide = {n for n in everything if n.startswith("guide.")}
+    for frozen in (True, False, True):  # turn by turn: no gradient of the last turn is to stay
+        module.guide.requires_grad_(not frozen)
+        for evaluated in (evaluate(step, module, x), assert_same(step, x)):
+            there = {n for n, g in evaluated[1].items() if g is not None}
+            assert there == (everything - guide if frozen else everything)
+    assert step.graphs == 2
 
 
 def test_a_parameter_that_a_loss_does_not_reach_stays_where_it_is(x: Tensor) -> None:
@@ -259,7 +259,7 @@ def test_tied_parameters(x: Tensor) -> None:
     assert len(list(untied.parameters())) == len(list(module.parameters())) + 1
 
 
-# ------------------------------------------------------------------------------------------- lazy, and in Pyro's global store
+# ------------------------------------------------------------------------------------- lazy, and in Pyro's global store
 def test_lazy_parameters_are_trained(x: Tensor) -> None:
     with pyro.settings.context(**LOCAL):
         module = pg.ELBO()(global_latents())
@@ -355,7 +355,7 @@ def test_enumeration_is_refused(x: Tensor) -> None:
         CompiledStep(module)
 
 
-# ---------------------------------------------------------------------------------------------------- what must not pass
+# --------------------------------------------------------------------------------------------------- what must not pass
 class PeekingModule(ELBOModule):
     def forward(self, *batch: Any, total: int | None = None, **kwargs: Any) -> Tensor:
         loss = super().forward(*batch, total=total, **kwargs)
@@ -383,7 +383,7 @@ class Drifting(pg.ELBO):
 
 def test_a_loss_that_looks_at_its_value_does_not_compile(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     module = bind(objective=Peeking())
-    with pytest.raises(CannotCompile, match="_local_scalar_dense|item"):
+    with pytest.raises(CannotCompile, match=r"_local_scalar_dense|item"):
         trace(module)((x,), None, ROWS)
     with pytest.raises(CannotCompile, match="compile=True, but this loss does not compile"):
         pg.fit(bind(objective=Peeking()), x, steps=3, compile=True, progress=False)
@@ -393,7 +393,7 @@ def test_a_loss_that_looks_at_its_value_does_not_compile(x: Tensor, monkeypatch:
 
 
 def test_a_graph_that_disagrees_is_not_used(x: Tensor) -> None:
-    with pytest.raises(CannotCompile, match="gradient of '.*' is .* off the eager one at one seed"):
+    with pytest.raises(CannotCompile, match=r"gradient of '.*' is .* off the eager one at one seed"):
         trace(bind(objective=Drifting()))((x,), None, ROWS)
 
 
@@ -406,7 +406,7 @@ def test_data_outside_of_the_support_is_named_by_the_first_step(x: Tensor, trace
 def test_everything_frozen(x: Tensor) -> None:
     module = bind()
     module.requires_grad_(False)
-    with pytest.raises((ValueError, RuntimeError), match="reaches no parameter|nothing to train|does not require grad"):
+    with pytest.raises((ValueError, RuntimeError), match=r"reaches no parameter|does not require grad"):
         trace(module)((x,), None, ROWS)
 
 
@@ -432,16 +432,15 @@ def test_auto_compiles_long_runs_only(traced_only: None, x: Tensor, monkeypatch:
     assert [pg.fit(bind(), x, steps=n, progress=False).config["compiled"] for n in (3, 4)] == [False, True]
 
 
-# ------------------------------------------------------------------------------------------------------- through inductor
+# ----------------------------------------------------------------------------------------------------- through inductor
 def by_name(name: str) -> ObjectiveModule:
     objective, case = name.split(" on ")
     return OBJECTIVES[objective](next(c for c in CASES if c.name == case).build()[0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["elbo kl on vae", "iwae on vae bernoulli", "dreg on pair of modules", "likelihood on exact"]
-)
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")  # torch 2.13's own
+@pytest.mark.parametrize("name", ["dreg on vae", "likelihood on exact"])
 def test_inductor_takes_the_same_steps(name: str) -> None:
     batch = next(c for c in CASES if c.name == name.split(" on ")[1]).build()[1]
     testing.check_traced(by_name(name), *batch, steps=30, inductor=True)

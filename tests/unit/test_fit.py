@@ -250,6 +250,22 @@ def test_the_weights_of_the_best_validation_are_the_result() -> None:
     assert result.validation[best][1] == pytest.approx(float(expected) + distance, rel=1e-5)
 
 
+def test_a_validation_loss_that_is_no_number_is_never_the_best() -> None:
+    class Late(Mean):
+        """Has no density in evaluation mode before its mean has come below 1."""
+
+        def forward(self, x: Tensor) -> None:
+            x = x if self.training else x + torch.where(self.loc.max() > 1, torch.nan, 0.0)
+            super().forward(x)
+
+    model = Late(2.0)
+    x = rows(40) - rows(40).mean(0)
+    result = fit(pg.MaximumLikelihood()(model), x, steps=20, optimizer=SGD, lr=0.1, validation=x, validate_every=1)
+    assert [math.isnan(value) for _, value in result.validation] == [True] * 6 + [False] * 14  # 2 · 0.9⁷ = 0.957
+    assert result.best_step == 20
+    assert float(model.loc.detach().max()) == pytest.approx(2 * 0.9**20, rel=1e-4)
+
+
 @pytest.mark.parametrize(("every", "patience"), [(1, 4), (3, 2)])
 def test_patience_stops_so_many_evaluations_after_the_best(every: int, patience: int) -> None:
     model, result, iterates = walk(validate_every=every, patience=patience)
@@ -483,6 +499,14 @@ def test_divergence_in_a_batch_keeps_the_last_good_state() -> None:
     assert error.result.module.model is model
     assert error.result.stopped_at == error.step
     assert model.slope.grad is None
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_rows_are_counted_in_the_data_given(batch_size: int | None) -> None:
+    x = root_data()
+    with pytest.raises(pg.Divergence) as caught:
+        fit(pg.MaximumLikelihood()(Root()), x, steps=99, lr=0.01, batch_size=batch_size, validation=0.2, seed=3)
+    assert caught.value.rows == [17]
 
 
 def test_rows_of_a_loader_are_counted_in_the_batch() -> None:

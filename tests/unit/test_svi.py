@@ -84,7 +84,7 @@ def weights(*parts: Any) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in found.items()}
 
 
-def train(pair: Pair, loss: Any, x: Tensor, steps: int = 40, lr: float = 0.02) -> tuple[list[float], dict[str, Tensor]]:
+def train(pair: Pair, loss: Any, x: Tensor, steps: int = 25, lr: float = 0.03) -> tuple[list[float], dict[str, Tensor]]:
     svi = SVI(*pair, pyro.optim.Adam({"lr": lr}), loss=loss)
     torch.manual_seed(3)
     return [svi.step(x) for _ in range(steps)], weights(*pair)
@@ -103,7 +103,7 @@ def test_everything_is_trained(name: str, loss: str, local: bool, x: Tensor) -> 
     svi.step(x)  # creates what is lazy
     before = weights(*pair)
     losses, after = train(pair, objective, x)
-    assert sum(losses[-10:]) < sum(losses[:10]) - 10
+    assert sum(losses[-8:]) < sum(losses[:8]) - 10
     frozen = {n for n in before if n.endswith("fixed")}
     assert {n for n in before if torch.equal(before[n], after[n])} == frozen
     assert before.keys() == after.keys()
