@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_gen.base import PARETO_K_LIMIT, Evidence, describe
+from pyro_gen.base import PARETO_K_LIMIT, Evidence
+from pyro_gen.checks import describe
 from pyro_gen.inference_data.containers import arviz_function, elpd_data, major, pointwise_of
 from pyro_gen.inference_data.variables import plain, to_array
 

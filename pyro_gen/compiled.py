@@ -26,7 +26,7 @@ from torch.func import functional_call, grad_and_value
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_gen.base import ObjectiveModule
-from pyro_gen.handlers import preserved_state
+from pyro_gen.scopes import preserved_state
 
 __all__ = ["CannotCompile", "CompiledStep", "eager_step", "why_not"]
 

@@ -66,7 +66,7 @@ def evaluate(
     else:
         batch, named = read_file({"data": data, "header": header, "delimiter": delimiter}), f"rows of {_short(data)}"
     count = run.options["importance_samples"] if importance_samples is None else importance_samples
-    from pyro_gen.fitting.loop import named_device
+    from pyro_gen.fitting.arguments import named_device
 
     program = result.program.to(named_device(device))
     with about("--data" if data is not None else "RUN"):

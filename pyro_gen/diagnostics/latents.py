@@ -35,8 +35,9 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from pyro_gen import handlers
-from pyro_gen.base import SIGNS, Bounded, Program, check_count, describe
+from pyro_gen import handlers, scopes
+from pyro_gen.base import SIGNS, Bounded, Program
+from pyro_gen.checks import check_count, describe
 
 __all__ = ["ActiveUnits", "LatentKL", "active_units", "kl_per_dimension", "posterior_means"]
 
@@ -193,7 +194,7 @@ def kl_per_dimension(
     """
     check_count(num_samples, "num_samples")
     each, joint, rows = _Mean(num_samples), _Mean(num_samples), 0
-    with torch.no_grad(), handlers.forked_generators(seed) if seed is not None else nullcontext():
+    with torch.no_grad(), scopes.forked_generators(seed) if seed is not None else nullcontext():
         for q, p in latent_distributions(program, x, context, site):
             rows += q.batch_shape[0]
             each.add(_marginals(q, "guide"), _marginals(p, "prior"))
@@ -234,7 +235,7 @@ def latent_distributions(
     batch = program.check(x, context)
     parts = [tuple(part[start : start + ROWS] for part in batch) for start in range(0, len(x), ROWS)]
     pair = program.model, program.guide
-    with torch.no_grad(), poutine.block(), handlers.evaluation_mode(program), handlers.preserved_state(*pair):
+    with torch.no_grad(), poutine.block(), scopes.evaluation_mode(program), scopes.preserved_state(*pair):
         shape, _ = handlers.structure(*pair, *parts[0])
         name = _choose(shape, site, describe(program))
         found = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyro_gen import statistics
-from pyro_gen.base import Evidence, Program, describe
+from pyro_gen.base import Evidence, Program
+from pyro_gen.checks import describe
 from pyro_gen.evidence import ImportanceSampling
 
 __all__ = ["pareto_k"]

@@ -28,8 +28,9 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_gen import handlers
-from pyro_gen.base import PARETO_K_LIMIT, Evidence, EvidenceKind, Exact, Program, check_count
+from pyro_gen import handlers, scopes
+from pyro_gen.base import PARETO_K_LIMIT, Evidence, EvidenceKind, Exact, Program
+from pyro_gen.checks import check_count
 from pyro_gen.evidence.chunks import check_broadcasting, even_parts, measure_bytes, plan_chunks
 from pyro_gen.evidence.methods import exact_evidence, require_bounded
 from pyro_gen.statistics import effective_sample_size, log_mean_exp, pareto_k
@@ -119,11 +120,11 @@ class ImportanceSampling:
         """What ``reduce`` makes of all log weights of some rows at a time, (draws, rows), given the dtype they had."""
         batch = require_bounded(program, type(self).__name__).check(x, context)
         with ExitStack() as stack:
-            for entered in (torch.no_grad(), poutine.block(), handlers.evaluation_mode(program)):
+            for entered in (torch.no_grad(), poutine.block(), scopes.evaluation_mode(program)):
                 stack.enter_context(entered)
             plan = self._probe(program, batch)
             if self.seed is not None:
-                stack.enter_context(handlers.forked_generators(self.seed))
+                stack.enter_context(scopes.forked_generators(self.seed))
             stack.enter_context(_without_validation())
             results = []
             for start in range(0, len(x), plan.rows):
@@ -155,7 +156,7 @@ class ImportanceSampling:
         model, guide = program.model, program.guide
         few = tuple(part[:PROBE_ROWS] for part in batch)
         count, rows = len(few[0]), len(batch[0])
-        with handlers.preserved_state(model, guide):
+        with scopes.preserved_state(model, guide):
             shape = _structure(program, few, batch)
             _require_weights(shape)
             plain = measure_bytes(handlers.log_weight, model, guide, *few, shape=shape)

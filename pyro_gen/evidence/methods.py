@@ -11,8 +11,9 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_gen import handlers
-from pyro_gen.base import Bounded, Evidence, EvidenceMethod, Exact, Implicit, Program, Unnormalized, describe
+from pyro_gen import scopes
+from pyro_gen.base import Bounded, Evidence, EvidenceMethod, Exact, Implicit, Program, Unnormalized
+from pyro_gen.checks import describe
 
 __all__ = ["exact_evidence", "log_evidence", "require_bounded"]
 
@@ -54,7 +55,7 @@ def log_evidence(program: Program, x: Tensor, context: Tensor | None = None, *, 
 def exact_evidence(program: Exact, x: Tensor, context: Tensor | None = None) -> Evidence:
     """The evidence of a program that has it in closed form: its ``log_prob``, of kind ``"exact"``."""
     batch = program.check(x, context)
-    with torch.no_grad(), poutine.block(), handlers.evaluation_mode(program):
+    with torch.no_grad(), poutine.block(), scopes.evaluation_mode(program):
         parts = zip(*(part.split(1024) for part in batch), strict=True)
         return Evidence(torch.cat([program.log_prob(*rows).to("cpu", torch.float64) for rows in parts]), "exact")
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_gen.base import Program, check_count, check_rows
+from pyro_gen.base import Program
+from pyro_gen.checks import check_count, check_rows
 
 __all__ = ["Batches", "as_batch", "split"]
 

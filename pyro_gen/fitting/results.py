@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from pyro_gen import objectives, programs
-from pyro_gen.base import SIGNS, Objective, ObjectiveModule, Program, describe
+from pyro_gen.base import SIGNS, Objective, ObjectiveModule, Program
+from pyro_gen.checks import describe
 
 __all__ = ["FitResult", "History", "load"]
 

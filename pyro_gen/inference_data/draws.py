@@ -24,7 +24,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pyro_gen import handlers
+from pyro_gen import handlers, scopes
 from pyro_gen.handlers import Site, SiteKind, sample_sites, site_kind
 
 __all__ = ["Call", "Draws", "Evaluation", "draw_guide", "evaluate", "kinds_of", "own_parameters"]
@@ -50,7 +50,7 @@ class Call:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Run without gradients, unseen by handlers outside, modules in evaluation mode."""
-        with torch.no_grad(), poutine.block(), handlers.evaluation_mode(self.model, self.guide):
+        with torch.no_grad(), poutine.block(), scopes.evaluation_mode(self.model, self.guide):
             yield
 
     def trace(self, program: Callable[..., Any]) -> Trace:

@@ -19,8 +19,9 @@ from pyro.infer.mcmc.api import AbstractMCMC
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyro_gen import handlers
-from pyro_gen.base import Bounded, EvidenceMethod, Exact, ObjectiveModule, Program, check_count, describe
+from pyro_gen import scopes
+from pyro_gen.base import Bounded, EvidenceMethod, Exact, ObjectiveModule, Program
+from pyro_gen.checks import check_count, describe
 from pyro_gen.fitting import FitResult
 from pyro_gen.fitting.batches import as_batch
 from pyro_gen.inference_data.containers import wrap
@@ -106,7 +107,7 @@ def to_inference_data(
         raise ValueError(f"source is an empty {type(source).__name__}: give {TAKES}")
     with ExitStack() as stack:
         if seed is not None:
-            stack.enter_context(handlers.forked_generators(seed))
+            stack.enter_context(scopes.forked_generators(seed))
         program = _program(source)
         parts = None
         if program is not None:

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_gen import handlers
-from pyro_gen.base import Bounded, Objective, ObjectiveModule, check_count
+from pyro_gen.base import Bounded, Objective, ObjectiveModule
+from pyro_gen.checks import check_count
 
 __all__ = ["ELBO"]
 

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_gen import handlers
-from pyro_gen.base import Bounded, Objective, ObjectiveModule, check_count
+from pyro_gen.base import Bounded, Objective, ObjectiveModule
+from pyro_gen.checks import check_count
 from pyro_gen.handlers import PARTICLE_PLATE, Structure, row_log_prob, sample_sites
 from pyro_gen.objectives.elbo import with_score_function
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from pyro_gen import handlers
-from pyro_gen.base import Program, Samples, check_count, describe
+from pyro_gen import scopes
+from pyro_gen.base import Program, Samples
+from pyro_gen.checks import check_count, describe
 from pyro_gen.plots.figures import BLUE, GREEN, GREY, VERMILION, limits, new_figure, principal, tidy
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def samples(
     panels = [("data", rows[0])]
     if hasattr(program, "reconstruct"):
         panels.append(("reconstructed", _reconstruct(program, rows)))
-    with handlers.evaluation_mode(program):
+    with scopes.evaluation_mode(program):
         panels.append(("generated", program.sample(len(rows[0]), *rows[1:], seed=seed)))
     parts = {name: part.detach().cpu().double() for name, part in panels}
     if shape is not None:
@@ -131,7 +132,7 @@ def _first(program: Program, x: Tensor, context: Tensor | None, n: int | None, d
 
 
 def _reconstruct(program: Any, rows: tuple[Tensor, ...]) -> Tensor:
-    with torch.no_grad(), handlers.evaluation_mode(program):
+    with torch.no_grad(), scopes.evaluation_mode(program):
         return cast(Tensor, program.reconstruct(*rows))
 
 

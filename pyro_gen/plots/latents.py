@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_gen import handlers
+from pyro_gen import scopes
 from pyro_gen.base import Program
 from pyro_gen.diagnostics.latents import latent_distributions, posterior_means
 from pyro_gen.plots.figures import BLUE, LIGHT, TEN, figure_of, limits, new_figure, principal, tidy
@@ -55,7 +55,7 @@ def latent(
     """
     means = posterior_means(program, x, context).detach().cpu().double()
     means = means.reshape(len(means), -1)
-    with handlers.forked_generators(seed):
+    with scopes.forked_generators(seed):
         draws = torch.cat([prior.sample() for _, prior in latent_distributions(program, x, context, None)])
     draws = draws.detach().cpu().double().reshape(len(draws), -1)[:2000]
     groups = _grouped(labels, len(means))

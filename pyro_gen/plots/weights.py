@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from pyro_gen.base import PARETO_K_LIMIT, Evidence, describe
+from pyro_gen.base import PARETO_K_LIMIT, Evidence
+from pyro_gen.checks import describe
 from pyro_gen.plots.figures import BLUE, GREY, VERMILION, figure_of, new_figure, tidy
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_gen.base import Bounded, as_shape, check_count, describe
+from pyro_gen.base import Bounded
+from pyro_gen.checks import as_shape, check_count, describe
 from pyro_gen.distributions.held import Held
 from pyro_gen.distributions.likelihoods import Likelihood, Scale
 from pyro_gen.distributions.likelihoods import likelihood as named_likelihood

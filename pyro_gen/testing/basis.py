@@ -15,7 +15,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from pyro_gen import handlers
+from pyro_gen import handlers, scopes
 from pyro_gen.base import Bounded, Exact, ObjectiveModule, Program, Samples, Unnormalized
 
 __all__ = [
@@ -52,7 +52,7 @@ def expect(kept: Any, broken: str) -> None:
 @contextmanager
 def alone(seed: int = 0) -> Iterator[None]:
     """An empty parameter store and seeded generators inside; both as they were afterwards."""
-    with pyro.get_param_store().scope(), handlers.forked_generators(seed):
+    with pyro.get_param_store().scope(), scopes.forked_generators(seed):
         yield
 
 
@@ -91,7 +91,7 @@ def stir(module: nn.Module, seed: int = 1) -> None:
 
 def structure(program: Program, *batch: Tensor) -> handlers.Structure:
     """What one run of a program shows, without a trace of the run."""
-    with torch.no_grad(), handlers.preserved_state(program), handlers.evaluation_mode(program), poutine.block():
+    with torch.no_grad(), scopes.preserved_state(program), scopes.evaluation_mode(program), poutine.block():
         return handlers.structure(program.model, program.guide, *batch)[0]
 
 
@@ -116,7 +116,7 @@ def answers(program: Program, *batch: Tensor, seed: int = 0) -> dict[str, Tensor
             asked["lower_bound"] = lambda: bound(program, batch)
     if isinstance(program, Samples):
         asked["sample"] = lambda: program.sample(batch[0].shape[0], *batch[1:])
-    with torch.no_grad(), handlers.evaluation_mode(program):
+    with torch.no_grad(), scopes.evaluation_mode(program):
         return {name: at_seed(seed, ask) for name, ask in asked.items()}
 
 
@@ -134,7 +134,7 @@ def bound(program: Bounded, batch: tuple[Tensor, ...], particles: int = 1) -> Te
 
 def at_seed(seed: int, ask: Callable[[], Tensor]) -> Tensor:
     """An answer at a seed, which leaves the generators as they were."""
-    with handlers.forked_generators(seed):
+    with scopes.forked_generators(seed):
         return ask()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_gen import handlers
+from pyro_gen import scopes
 from pyro_gen.base import LossIs, Objective, ObjectiveModule, Program
 from pyro_gen.compiled import CannotCompile, CompiledStep, eager_step
 from pyro_gen.fitting import fit
@@ -62,7 +62,7 @@ def check_declared(module: ObjectiveModule, *batch: Tensor) -> None:
         expect(torch.isfinite(loss), f"the loss is {float(loss.detach())}")
         losses = module.losses(*batch)
         expect(len(losses) == len(module.players), f"{len(losses)} losses for {len(module.players)} players")
-        with handlers.evaluation_mode(module):
+        with scopes.evaluation_mode(module):
             one, two, three = (at_seed(seed, partial(module, *batch)) for seed in (0, 0, 1))
         expect(torch.equal(one, two), "two calls at one seed differ: the loss draws from elsewhere")
         expect(not objective.deterministic or torch.equal(one, three), "declared deterministic, and two calls differ")
@@ -131,7 +131,7 @@ def check_batches(module: ObjectiveModule, *batch: Tensor) -> None:
         batch = tuple(t[: 2 * size] for t in batch)
         halves = [tuple(t[i : i + size] for t in batch) for i in (0, size)]
         module.prepare(*batch)
-        with handlers.evaluation_mode(module):
+        with scopes.evaluation_mode(module):
             full, error = draws(lambda: module(*batch, total=2 * size))
             part, other = draws(lambda: (module(*halves[0], total=2 * size) + module(*halves[1], total=2 * size)) / 2)
     tolerance = 4 * float(torch.hypot(error, other)) + 1e-5 * abs(float(full))
@@ -155,7 +155,7 @@ def check_total(module: ObjectiveModule, *batch: Tensor) -> None:
                 return
             raise ContractError("total= is taken without a word by a program that has no plate over its rows")
         subsampled = shape.data_size != rows
-        with handlers.evaluation_mode(module):
+        with scopes.evaluation_mode(module):
             plain = at_seed(0, partial(module, *batch)).detach()
             once, twice, thrice = (at_seed(0, partial(module, *batch, total=k * rows)).detach() for k in (1, 2, 3))
         size = thrice.abs() + once.abs()
@@ -175,7 +175,7 @@ def check_pointwise(module: ObjectiveModule, *batch: Tensor) -> None:
         module = fresh(module)
         module.prepare(*batch)
         rows = batch[0].shape[0]
-        with handlers.evaluation_mode(module):
+        with scopes.evaluation_mode(module):
             found = module.pointwise(*batch)
             expect(tuple(found.shape) == (rows,), f"pointwise has shape {tuple(found.shape)}, ({rows},) was promised")
             summed, error = draws(lambda: module.pointwise(*batch).sum())

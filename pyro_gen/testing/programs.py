@@ -14,7 +14,7 @@ from pyro.infer import Predictive
 from pyro.infer.inspect import generate_graph_specification, get_model_relations, render_graph
 from torch import Tensor
 
-from pyro_gen import handlers
+from pyro_gen import handlers, scopes
 from pyro_gen.base import Bounded, Nothing, Program, Samples, Unnormalized
 from pyro_gen.testing.basis import (
     alone,
@@ -65,7 +65,7 @@ def check_shapes(program: Program, x: Tensor, context: Tensor | None = None) -> 
                     f"{name} of a single row has shape {tuple(found.shape)}",
                 )
             if isinstance(copied, Bounded) and not structure(copied, *batch).global_sites:
-                with torch.no_grad(), handlers.evaluation_mode(copied):
+                with torch.no_grad(), scopes.evaluation_mode(copied):
                     found = bound(copied, batch, particles=3)
                 expect(tuple(found.shape) == (rows,), f"lower_bound(x, particles=3) has shape {tuple(found.shape)}")
 
@@ -75,7 +75,7 @@ def check_density(program: Program, x: Tensor, context: Tensor | None = None) ->
     with alone(), torch.no_grad():
         copied = fresh(program)
         batch = copied.check(x, context)
-        with handlers.evaluation_mode(copied):
+        with scopes.evaluation_mode(copied):
             if isinstance(copied, Unnormalized):
                 traced = handlers.log_density(copied.model, *batch)
                 for name, found in answers(copied, *batch).items():
@@ -103,7 +103,7 @@ def check_score(program: Unnormalized, x: Tensor, context: Tensor | None = None)
     with alone():
         copied = fresh(program).double()
         batch = tuple(t.double() for t in (x, context) if t is not None)
-        with handlers.evaluation_mode(copied):
+        with scopes.evaluation_mode(copied):
             score = handlers.score(copied.model, *batch).detach()
             expect(score.shape == x.shape, f"the score has shape {tuple(score.shape)}, x has {tuple(x.shape)}")
             y = batch[0].clone().requires_grad_()

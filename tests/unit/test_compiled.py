@@ -29,7 +29,7 @@ import pyro_gen as pg
 from pyro_gen import testing
 from pyro_gen.base import ObjectiveModule
 from pyro_gen.compiled import CannotCompile, CompiledStep, eager_step, why_not
-from pyro_gen.fitting import loop
+from pyro_gen.fitting import run as fitting_run
 from pyro_gen.objectives.elbo import ELBOModule
 
 ROWS = 8
@@ -51,7 +51,7 @@ def x() -> Tensor:
 @pytest.fixture
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """`fit` traces but does not compile, which takes seconds and changes nothing here."""
-    monkeypatch.setattr(loop, "CompiledStep", functools.partial(CompiledStep, inductor=False))
+    monkeypatch.setattr(fitting_run, "CompiledStep", functools.partial(CompiledStep, inductor=False))
 
 
 class Encode(Encoder):
@@ -319,7 +319,7 @@ def test_what_reads_from_the_store_is_refused(make: Callable[[], ObjectiveModule
 def test_auto_falls_back_with_one_line(
     make: Callable[[], ObjectiveModule], x: Tensor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "COMPILE_FROM", 1)
+    monkeypatch.setattr(fitting_run, "COMPILE_FROM", 1)
     module = make()
     with caplog.at_level(logging.INFO, logger="pyro_gen"):
         result = pg.fit(module, x, steps=5, seed=0, progress=False)
@@ -387,7 +387,7 @@ def test_a_loss_that_looks_at_its_value_does_not_compile(x: Tensor, monkeypatch:
         trace(module)((x,), None, ROWS)
     with pytest.raises(CannotCompile, match="compile=True, but this loss does not compile"):
         pg.fit(bind(objective=Peeking()), x, steps=3, compile=True, progress=False)
-    monkeypatch.setattr(loop, "COMPILE_FROM", 1)
+    monkeypatch.setattr(fitting_run, "COMPILE_FROM", 1)
     result = pg.fit(bind(objective=Peeking()), x, steps=3, progress=False)
     assert result.config["compiled"] is False
 
@@ -428,7 +428,7 @@ def test_fit_takes_the_same_steps(batch_size: int | None, traced_only: None, x: 
 
 
 def test_auto_compiles_long_runs_only(traced_only: None, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "COMPILE_FROM", 4)
+    monkeypatch.setattr(fitting_run, "COMPILE_FROM", 4)
     assert [pg.fit(bind(), x, steps=n, progress=False).config["compiled"] for n in (3, 4)] == [False, True]
 
 

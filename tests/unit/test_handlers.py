@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_gen import handlers
-from pyro_gen.handlers import DataScale, log_density, log_prior, log_weight, score, structure
+from pyro_gen import handlers, scopes
+from pyro_gen.handlers import log_density, log_prior, log_weight, score, structure
+from pyro_gen.scopes import DataScale
 
 N01 = -0.5 * math.log(2 * math.pi)
 
@@ -383,12 +384,12 @@ def test_preserved_state_puts_buffers_and_generators_back() -> None:
     before = {n: b.clone() for n, b in net.named_buffers()}
     addresses = {n: b.data_ptr() for n, b in net.named_buffers()}
     noise = torch.get_rng_state()
-    with handlers.preserved_state(net, lambda: None, seed=3):
+    with scopes.preserved_state(net, lambda: None, seed=3):
         one = net.inner(x)
         assert net.inner[0].num_batches_tracked == 1
     assert all(torch.equal(before[n], b) and b.data_ptr() == addresses[n] for n, b in net.named_buffers())
     assert torch.equal(noise, torch.get_rng_state())
-    with handlers.preserved_state(net, seed=3):
+    with scopes.preserved_state(net, seed=3):
         torch.testing.assert_close(net.inner(x), one)
     net.inner(x)
     assert net.inner[0].num_batches_tracked == 1
@@ -401,7 +402,7 @@ def test_evaluation_mode_gives_every_part_its_mode_back() -> None:
     assert flags == [True, True, False, True]
 
     def failing() -> None:
-        with handlers.evaluation_mode(net):
+        with scopes.evaluation_mode(net):
             assert not any(m.training for m in net.modules())
             raise KeyError
 
@@ -412,12 +413,12 @@ def test_evaluation_mode_gives_every_part_its_mode_back() -> None:
 
 def test_forked_generators() -> None:
     noise = torch.get_rng_state()
-    with handlers.forked_generators(5):
+    with scopes.forked_generators(5):
         one = torch.randn(3)
-    with handlers.forked_generators():
+    with scopes.forked_generators():
         torch.randn(3)
     assert torch.equal(noise, torch.get_rng_state())
-    with handlers.forked_generators(5):
+    with scopes.forked_generators(5):
         assert torch.equal(one, torch.randn(3))
 
 
@@ -430,7 +431,7 @@ def test_bare_parameters_are_hidden_in_local_mode_only() -> None:
         return net
 
     def sites(net: Any) -> set[str]:
-        with poutine.trace(param_only=True) as seen, handlers.hide_bare_parameters():
+        with poutine.trace(param_only=True) as seen, scopes.hide_bare_parameters():
             net(torch.zeros(1, 2))
             assert net.scale.requires_grad
         return set(seen.trace.nodes)
