@@ -22,6 +22,7 @@ To read on: ``programs/vae.py`` is one family, ``objectives/likelihood.py`` the 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -375,16 +376,15 @@ class ObjectiveModule(ELBOModule):
     def scaled(self, *batch: Any, total: int | None, apply: bool, **kwargs: Any) -> Iterator[scopes.DataScale]:
         """Run the program under the one scale: prepared, its data plate counted as ``total`` rows."""
         shape = self.structure or self.prepare(*batch, **kwargs)
+        self.check_total(shape, total)
+        with scopes.hide_bare_parameters(), scopes.DataScale(shape.data_plate, total, apply) as seen:
+            yield seen
+
+    def check_total(self, shape: Structure, total: int | None) -> None:
+        """Refuse a ``total`` that is no count, or that no plate over rows can carry."""
         if total is not None:
             check_count(total, "total")
             shape.require_data_plate("total=")
-        seen = scopes.DataScale(shape.data_plate, total, apply)
-        if apply and total is None:  # nothing to scale
-            with scopes.hide_bare_parameters():
-                yield seen
-        else:
-            with scopes.hide_bare_parameters(), seen:
-                yield seen
 
     def extra_repr(self) -> str:
         return repr(self.objective)
@@ -476,11 +476,12 @@ class Objective(pyro.infer.ELBO, Generic[K]):
         return handlers.pair_traces(model, guide, *args, **kwargs)[::-1]
 
     def __repr__(self) -> str:
-        shown = [f"{k}={v!r}" for k, v in self.settings().items()]
+        defaults = inspect.signature(type(self)).parameters
+        shown = [f"{k}={v!r}" for k, v in self.settings().items() if k not in defaults or v != defaults[k].default]
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def settings(self) -> dict[str, Any]:
-        """The configuration, as numbers and strings: what `repr` shows and results record."""
+        """The configuration as numbers and strings: results record it, `repr` shows what is not the default."""
         return {}
 
 

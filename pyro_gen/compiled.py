@@ -68,8 +68,8 @@ def eager_step(module: ObjectiveModule, batch: tuple[Tensor, ...], total: int | 
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         raise ValueError("the loss reaches no parameter: is everything frozen, or the data taken for a parameter?")
-    norms = torch.stack(torch._foreach_norm(grads))
-    return torch.stack([*(loss.detach() for loss in losses), norms.square().sum()])
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    return torch.stack([*(loss.detach() for loss in losses), norm * norm])
 
 
 class CompiledStep:

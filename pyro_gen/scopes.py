@@ -18,20 +18,32 @@ __all__ = [
     "forked_generators",
     "hide_bare_parameters",
     "preserved_state",
+    "total_scale",
 ]
 
 
-class DataScale(Messenger):
-    """Scale the sites of the data plate by total / rows, or only note the scale they carry.
+def total_scale(site: Any, plate: str | None, total: int | None) -> Any:
+    """The scale of a site once the data plate counts ``total`` rows; its own where ``total`` is None."""
+    scale = site["scale"]
+    if total is not None:
+        for frame in site["cond_indep_stack"]:
+            if frame.name == plate:  # its own scale, full_size / size, is in there already
+                scale = scale * (total / (frame.full_size or frame.size))
+    return scale
 
-    Pyro's plates scale by ``full_size / size`` where they subsample; a program whose plate is as long as its batch
-    carries no such factor, and ``total`` supplies it. A plate that subsamples by itself is not scaled twice.
+
+class DataScale(Messenger):
+    """Scale the sites of the data plate to ``total`` rows, or only note the scale they carry.
+
+    Pyro's plates scale by ``full_size / size`` where they subsample, to the rows of their own; ``total / full_size``
+    is what is left. So a plate as long as its batch counts total / rows, and one that already stands for ``total`` rows
+    is not scaled twice.
     Enter it outside the program: a handler further out sees a site last, with all its scales.
 
     Args:
         plate: name of the data plate.
         total: number of rows of the full data set; None leaves the program's own scales.
-        apply: multiply ``total / rows`` into the sites; False only notes the scales for :meth:`factor`.
+        apply: multiply what is left into the sites; False only notes the scales for :meth:`factor`.
     """
 
     def __init__(self, plate: str | None, total: int | None = None, apply: bool = True) -> None:
@@ -42,14 +54,11 @@ class DataScale(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if type(msg["fn"]).__name__ == "_Subsample":
             return
-        for frame in msg["cond_indep_stack"]:
-            if frame.name == self.plate:
-                scale = msg["scale"]
-                if self.total is not None and frame.full_size == frame.size:
-                    scale = scale * (self.total / frame.size)
-                if self.apply:
-                    msg["scale"] = scale
-                self.scales[msg["name"], id(scale) if isinstance(scale, Tensor) else scale] = scale
+        if any(frame.name == self.plate for frame in msg["cond_indep_stack"]):
+            scale = total_scale(msg, self.plate, self.total)
+            if self.apply:
+                msg["scale"] = scale
+            self.scales[msg["name"], id(scale) if isinstance(scale, Tensor) else scale] = scale
 
     def factor(self, rows: int) -> Any:
         """The one scale that all sites of a row carried, to be multiplied to the row's loss."""

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
+from pyro.distributions import Independent
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.util import MultiFrameTensor, get_plate_stacks
@@ -28,7 +30,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_gen import handlers
+from pyro_gen import handlers, scopes
 from pyro_gen.base import Bounded, Objective, ObjectiveModule
 from pyro_gen.checks import check_count
 
@@ -68,17 +70,27 @@ class ELBOModule(ObjectiveModule):
             )
 
     def forward(self, *batch: Any, total: int | None = None, **kwargs: Any) -> Tensor:
-        with self.scaled(*batch, total=total, apply=True, **kwargs):
-            assert self.structure is not None
-            if self.structure.enumerated:
+        shape = self.structure or self.prepare(*batch, **kwargs)
+        if shape.enumerated:
+            with self.scaled(*batch, total=total, apply=True, **kwargs):
                 return self._enumerated(batch, kwargs)
-            objective = self.objective
-            model, guide, runs = self.model, self.guide, objective.num_particles
-            if objective.vectorize_particles and runs > 1:
-                model, guide = handlers.with_particles(runs, self.structure.plate_nesting, model, guide)
-                runs = 1
-            loss = sum(self._loss(*handlers.pair_traces(model, guide, *batch, **kwargs)) for _ in range(runs))
-            return cast(Tensor, loss / objective.num_particles)
+        self.check_total(shape, total)
+        objective = self.objective
+        model, guide, runs = self.model, self.guide, objective.num_particles
+        if objective.vectorize_particles and runs > 1:
+            model, guide = handlers.with_particles(runs, shape.plate_nesting, model, guide)
+            runs = 1
+        losses = []
+        for _ in range(runs):
+            with scopes.hide_bare_parameters():
+                traces = handlers.pair_traces(model, guide, *batch, **kwargs)
+            if total is not None:  # as DataScale does, without a handler's work at every message
+                for trace in traces:
+                    for site in handlers.sample_sites(trace).values():
+                        site["scale"] = scopes.total_scale(site, shape.data_plate, total)
+            losses.append(self._loss(*traces))
+        loss = sum(losses[1:], start=losses[0])
+        return loss / objective.num_particles if objective.num_particles > 1 else loss
 
     def pointwise(self, *batch: Any, **kwargs: Any) -> Tensor:
         """Negative ELBO of each row: ``(rows,)``, in nats."""
@@ -101,7 +113,13 @@ class ELBOModule(ObjectiveModule):
             kl = {n: v for n in shared if (v := closed_kl(q[n]["fn"], p[n]["fn"])) is not None}
         else:
             kl = {}
-        loss: Any = sum(scale_and_mask(v, q[n]["scale"], q[n]["mask"]).sum() for n, v in kl.items())
+        parts: list[Any] = [scale_and_mask(v, q[n]["scale"], q[n]["mask"]).sum() for n, v in kl.items()]
+        rough = [s for n, s in q.items() if n not in kl and not s["fn"].has_rsample]
+        if not rough:
+            parts += [_sum(site) for name, site in q.items() if name not in kl]
+            gains = [_sum(site) for name, site in p.items() if name not in kl]
+            return cast(Tensor, sum(parts) - sum(gains))
+        loss: Any = sum(parts)
         for name, site in p.items():
             if name not in kl:
                 loss = loss - _scaled(site).sum()
@@ -115,8 +133,6 @@ class ELBOModule(ObjectiveModule):
             else:  # E[grad log q] = 0: its own gradient would be noise
                 loss = loss + log_q.detach().sum()
                 score.append((site, site["fn"].log_prob(site["value"])))
-        if not score:
-            return cast(Tensor, loss)
         log_r = _log_ratio(get_plate_stacks(model_trace), get_plate_stacks(guide_trace), p, q)
         for site, log_q in score:
             term = (log_r.sum_to(site["cond_indep_stack"]) * log_q).sum()
@@ -131,6 +147,8 @@ class ELBOModule(ObjectiveModule):
             max_plate_nesting=self.structure.plate_nesting,
             vectorize_particles=objective.vectorize_particles,
         )
+        if not torch.is_grad_enabled():  # where Pyro's differentiable loss is an error
+            return torch.tensor(elbo.loss(self.model, self.guide, *batch, **kwargs))
         return cast(Tensor, elbo.differentiable_loss(self.model, self.guide, *batch, **kwargs))
 
 
@@ -138,6 +156,17 @@ def _one_scale(p: Site, q: Site) -> bool:
     """Whether log p and log q of a site count alike; under two scales their sum is no multiple of a KL."""
     scales = p["scale"], q["scale"]
     return any(isinstance(s, Tensor) for s in scales) or scales[0] == scales[1]
+
+
+def _sum(site: Site) -> Tensor:
+    """Scaled and masked log-probability of a site, summed; without a mask the event at once with the batch."""
+    fn, scale, mask = site["fn"], site["scale"], site["mask"]
+    if mask is not None or isinstance(scale, Tensor):
+        return cast(Tensor, scale_and_mask(fn.log_prob(site["value"]), scale, mask).sum())
+    while type(fn) is Independent:
+        fn = fn.base_dist
+    log_prob = fn.log_prob(site["value"]).sum()
+    return cast(Tensor, log_prob if scale == 1.0 else log_prob * scale)
 
 
 def _scaled(site: Site) -> Tensor:

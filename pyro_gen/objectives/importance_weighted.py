@@ -18,6 +18,7 @@ least variance near the optimum and biased for K > 1 (Roeder et al. 2017).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -27,6 +28,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.dropout import _DropoutNd
 
 from pyro_gen import handlers
 from pyro_gen.base import Bounded, Objective, ObjectiveModule
@@ -51,6 +53,13 @@ class IWAEModule(ObjectiveModule):
             raise ValueError(
                 f"gradient={self.objective.gradient!r} differentiates through the draws, and the guide has a site that "
                 "is not reparameterized: use gradient='iwae'"
+            )
+        twice = {"iwae": (), "stl": (self.guide,), "dreg": (self.guide, self.model)}[self.objective.gradient]
+        parts = [m for part in twice if isinstance(part, nn.Module) for m in part.modules() if m.training]
+        if any(isinstance(m, _DropoutNd) and m.p for m in parts):
+            raise ValueError(
+                f"gradient={self.objective.gradient!r} runs the program twice for one draw, and dropout would differ "
+                "between the runs: use gradient='iwae', or take the dropout out"
             )
 
     def forward(self, *batch: Any, total: int | None = None, **kwargs: Any) -> Tensor:
@@ -90,17 +99,26 @@ class IWAEModule(ObjectiveModule):
             model, guide, fixed = handlers.with_particles(k, shape.plate_nesting, model, guide, fixed)
             runs = 1
 
+        def joined(found: list[Tensor]) -> Tensor:
+            return found[0] if runs == 1 and k > 1 else torch.stack(found)
+
+        def one(q: Trace, drawn: Trace) -> Tensor:
+            return weigh(q, poutine.trace(poutine.replay(model, drawn)).get_trace(*batch, **kwargs))
+
         def weights(guide_traces: list[Trace], stopped: bool) -> Tensor:
             found = []
             for drawn in guide_traces:
                 q = poutine.trace(poutine.replay(fixed, drawn)).get_trace(*batch, **kwargs) if stopped else drawn
-                p = poutine.trace(poutine.replay(model, drawn)).get_trace(*batch, **kwargs)
-                found.append(weigh(q, p))
-            return found[0] if runs == 1 and k > 1 else torch.stack(found)
+                found.append(one(q, drawn))
+            return joined(found)
 
-        guide_traces = [poutine.trace(guide).get_trace(*batch, **kwargs) for _ in range(runs)]
+        guide_traces, found = [], []
+        for _ in range(runs):
+            guide_traces.append(poutine.trace(guide).get_trace(*batch, **kwargs))
+            if gradient == "iwae":  # weighed at once: Pyro's flows remember the last draw, and may have no inverse
+                found.append(one(guide_traces[-1], guide_traces[-1]))
         if gradient == "iwae":
-            return weights(guide_traces, stopped=False), guide_traces
+            return joined(found), guide_traces
         if gradient == "dreg" and k > 1:
             with torch.no_grad():
                 normalized = torch.softmax(weights(guide_traces, stopped=False), 0)
@@ -153,9 +171,11 @@ def still(guide: Callable[..., Any]) -> Callable[..., Any]:
     """The guide with its parameters held fixed: gradients go through what it is given, not into it."""
 
     def run(*batch: Any, **kwargs: Any) -> Any:
-        with poutine.block(hide_types=["param"]), _Detached():
+        with poutine.block(hide_types=["param"]), _Detached(), warnings.catch_warnings():
             if not isinstance(guide, nn.Module):
                 return guide(*batch, **kwargs)
+            # a PyroModule names its parameters to the store, which remarks that the detached ones need no gradient
+            warnings.filterwarnings("ignore", ".* was not registered in the param store", UserWarning)
             fixed = {n: p.detach() for n, p in guide.named_parameters() if not n.endswith("_unconstrained")}
             return functional_call(guide, fixed, batch, kwargs)
 
@@ -172,8 +192,8 @@ class IWAE(Objective[Bounded]):
             a leading dimension. False runs it K times.
 
     Raises:
-        ValueError: for ``num_particles`` below 1, an unknown gradient, a guide that is not reparameterized under
-            ``"dreg"`` or ``"stl"``, or shared latents under mini-batches.
+        ValueError: for ``num_particles`` below 1, an unknown gradient, a guide that is not reparameterized or has
+            dropout under ``"dreg"`` or ``"stl"``, or shared latents under mini-batches.
         TypeError: for a program without a bound.
 
     References:

@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_gen.base import Objective, Program, Samples, Unnormalized
+from pyro_gen.base import Objective, ObjectiveModule, Program, Samples, Unnormalized
 from pyro_gen.base import _objectives as all_objectives
 from pyro_gen.compiled import why_not
 from pyro_gen.testing.basis import ContractError, alone, fresh, is_discrete, structure
@@ -95,7 +95,7 @@ def check_program(
 
     Returns:
         The names of the checks that ran: one that does not apply (the score of discrete data, tracing a program that
-        reads the global parameter store) is not among them.
+        reads the global parameter store, rows of a program without a plate over them) is not among them.
 
     Raises:
         ContractError: at the first promise that is not kept; an ``AssertionError`` that names it.
@@ -145,8 +145,10 @@ def check_program(
         module = objective(program)
         run(f"{name}: declared", check_declared, module, *batch)
         run(f"{name}: gradients", check_gradients, module, *batch)
-        if not shape.global_sites:  # whose share of the loss is no row's
+        summed = type(module).pointwise is not ObjectiveModule.pointwise and not shape.enumerated
+        if summed and shape.data_plate and not shape.global_sites:  # whose share of the loss is no row's
             run(f"{name}: pointwise", check_pointwise, module, *batch)
+        if shape.data_size == x.shape[0]:  # not where the program takes mini-batches of its own
             run(f"{name}: batches", check_batches, module, *batch)
         run(f"{name}: total", check_total, module, *batch)
         run(f"{name}: trainers", check_trainers, objective, program, x, context)

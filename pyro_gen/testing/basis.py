@@ -28,6 +28,7 @@ __all__ = [
     "draws",
     "expect",
     "fresh",
+    "has_bound",
     "is_discrete",
     "relative_gap",
     "stir",
@@ -102,6 +103,11 @@ def is_discrete(program: Program, *batch: Tensor) -> bool:
     return any(s["fn"].support.is_discrete for s in sites)
 
 
+def has_bound(shape: handlers.Structure) -> bool:
+    """Whether rows have a bound of their own: no latent of all rows, none that only an objective sums out."""
+    return bool(shape.data_plate) and not shape.global_sites and set(shape.model_latents) <= set(shape.guide_latents)
+
+
 def answers(program: Program, *batch: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """All that a program of its kind can say about a batch in evaluation mode, each answer at one seed."""
     asked: dict[str, Callable[[], Tensor]] = {}
@@ -110,10 +116,11 @@ def answers(program: Program, *batch: Tensor, seed: int = 0) -> dict[str, Tensor
     if isinstance(program, Unnormalized):
         asked["log_density"] = lambda: program.log_density(*batch)
     if isinstance(program, Bounded):
-        if structure(program, *batch).global_sites:
-            asked["log weight"] = lambda: _whole_weight(program, *batch)
-        else:
+        shape = structure(program, *batch)
+        if has_bound(shape):
             asked["lower_bound"] = lambda: bound(program, batch)
+        elif shape.global_sites:
+            asked["log weight"] = lambda: _whole_weight(program, *batch)
     if isinstance(program, Samples):
         asked["sample"] = lambda: program.sample(batch[0].shape[0], *batch[1:])
     with torch.no_grad(), scopes.evaluation_mode(program):

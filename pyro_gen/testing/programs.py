@@ -24,6 +24,7 @@ from pyro_gen.testing.basis import (
     draws,
     expect,
     fresh,
+    has_bound,
     relative_gap,
     stir,
     structure,
@@ -64,7 +65,7 @@ def check_shapes(program: Program, x: Tensor, context: Tensor | None = None) -> 
                     name == "log weight" or found.shape[0] == 1,
                     f"{name} of a single row has shape {tuple(found.shape)}",
                 )
-            if isinstance(copied, Bounded) and not structure(copied, *batch).global_sites:
+            if isinstance(copied, Bounded) and has_bound(structure(copied, *batch)):
                 with torch.no_grad(), scopes.evaluation_mode(copied):
                     found = bound(copied, batch, particles=3)
                 expect(tuple(found.shape) == (rows,), f"lower_bound(x, particles=3) has shape {tuple(found.shape)}")

@@ -185,6 +185,7 @@ class Case:
 
 SMALL: dict[str, Any] = {"latent_dim": 2, "hidden": (6,)}
 ALL = ("elbo", "elbo kl", "elbo loop", "elbo at once", "iwae", "iwae loop", "dreg", "dreg loop", "stl")
+SHARED = ("elbo", "elbo loop", "iwae loop")  # where latents belong to all rows at once
 CASES = [
     Case("vae", lambda: pg.VAE(3, **SMALL), real(3), objectives=ALL),
     Case("vae shared scale", lambda: pg.VAE(3, scale="shared", **SMALL), real(3)),
@@ -206,7 +207,9 @@ CASES = [
     Case("pair of modules", lambda: pg.Bounded(Decoder(), Encoder(), 3), real(3)),
     Case("pair of PyroModules", lambda: pg.Bounded(PyroDecoder(), PyroEncoder(), 3), real(3), store="in global mode"),
     Case("pair of functions", lambda: pg.Bounded(model_with_params, guide_with_params, 3), real(3), store="always"),
-    Case("global latents", global_latents, real(3), objectives=("elbo", "elbo loop"), store="in global mode"),
+    Case(
+        "global latents", global_latents, real(3), objectives=("elbo", "elbo loop", "iwae loop"), store="in global mode"
+    ),
     Case("exact", lambda: pg.Exact(LinearGaussian(), 3), real(3), objectives=("likelihood", "elbo", "iwae")),
 ]
 

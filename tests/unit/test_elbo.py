@@ -458,6 +458,8 @@ def test_enumerated_sites_are_summed_exactly(where: str, exact: Callable[[Tensor
     assert_same(evaluate(lambda: loss(x)), evaluate(lambda: exact(x)))
     assert_same(evaluate(lambda: loss(x, total=5 * ROWS)), evaluate(lambda: 5 * exact(x)))
     assert evaluate(lambda: loss(x), seed=0)[0] == evaluate(lambda: loss(x), seed=1)[0]
+    with torch.no_grad():  # as in SVI.evaluate_loss, and in a validation
+        torch.testing.assert_close(loss(x, total=5 * ROWS), 5 * exact(x))
 
 
 def test_enumeration_beside_latents_of_all_rows() -> None:

@@ -459,6 +459,49 @@ def test_all_checks_that_apply_run(x: Tensor) -> None:
     assert "score" not in ran
 
 
+def mixture(x: Tensor) -> None:
+    locs = pyro.param("locs", torch.linspace(-1, 1, 2))
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(x.new_ones(()) / 2), infer={"enumerate": "parallel"})
+        loc = locs[k.long()].unsqueeze(-1)
+        pyro.sample("x", dist.Normal(loc, x.new_ones(3)).to_event(1), obs=x)
+
+
+def whole(x: Tensor) -> None:
+    scale = pyro.param("scale", torch.ones(()), constraint=dist.constraints.positive)
+    w = pyro.sample("w", dist.Normal(x.new_zeros(()), 1.0))
+    pyro.sample("x", dist.Normal(w, scale).expand(x.shape).to_event(2), obs=x)
+
+
+def whole_guide(x: Tensor) -> None:
+    pyro.sample("w", dist.Normal(pyro.param("at", torch.zeros(())), 0.5))
+
+
+def own_batches(x: Tensor) -> None:
+    loc = pyro.param("loc", torch.zeros(3))
+    with pyro.plate("data", len(x), subsample_size=3) as index:
+        pyro.sample("x", dist.Normal(loc, x.new_ones(())).to_event(1), obs=x[index])
+
+
+def test_losses_of_unusual_programs(x: Tensor) -> None:
+    every = {"declared", "gradients", "pointwise", "batches", "total", "trainers"}
+    for program, left_out in (
+        (pg.Bounded(mixture, None, 3), {"pointwise"}),
+        (pg.Bounded(whole, whole_guide, 3), {"pointwise", "batches"}),
+        (global_pair(), {"pointwise"}),
+    ):
+        ran = {
+            name.removeprefix("ELBO: ")
+            for name in testing.check_program(program, x, objectives=[pg.ELBO()])
+            if name.startswith("ELBO: ")
+        }
+        assert ran >= every - left_out
+        assert not ran & left_out
+    for loss in (pg.ELBO()(own_batches), pg.IWAE(2)(own_batches)):
+        testing.check_total(loss, x)
+        testing.check_batches(loss, x)
+
+
 def test_objectives_default_to_all_of_the_kind(x: Tensor) -> None:
     ran = testing.check_program(exact(), x)
     assert {name.split(":")[0] for name in ran if ":" in name} == {"ELBO", "IWAE", "MaximumLikelihood"}
