@@ -4,7 +4,7 @@
     python benchmarks/step_cost.py --write    # and puts it into docs/benchmarks.md
 
 All variants train the same hand-written networks on the same data with batches drawn anew each step, on one thread.
-They are timed in turn, round after round; a row gives the median and range over rounds of the time per step, and the
+They take turns, round after round; a row gives the median and range over rounds of the CPU time per step, and the
 ratio to the plain loop of the same round.
 """
 
@@ -106,11 +106,11 @@ def fitted(x: Tensor, compile: bool) -> Callable[[int], None]:
 
         def stop(step: int, values: dict[str, float]) -> bool:
             if step == 20:  # past preparing and compiling
-                pause.append(time.perf_counter())
+                pause.append(time.process_time())
             return False
 
         pg.fit(loss, x, steps=steps + 20, batch_size=BATCH, seed=0, compile=compile, progress=False, callback=stop)
-        run.seconds = time.perf_counter() - pause[0]  # type: ignore[attr-defined]
+        run.seconds = time.process_time() - pause[0]  # type: ignore[attr-defined]
 
     return run
 
@@ -158,9 +158,9 @@ def main() -> None:
         run(30)
     for _ in range(options.rounds):
         for name, run in names.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run(options.steps)
-            seconds = getattr(run, "seconds", time.perf_counter() - start)
+            seconds = getattr(run, "seconds", time.process_time() - start)
             times[name].append(seconds / options.steps * 1e6)
     first, pyro_step = times["plain PyTorch loop, Adam"], times["`SVI.step`, `Trace_ELBO` (Pyro)"]
     rows = []
@@ -168,7 +168,7 @@ def main() -> None:
         to_plain = [a / b for a, b in zip(values, first, strict=True)]
         to_svi = [a / b for a, b in zip(values, pyro_step, strict=True)]
         rows.append([name, spread(values, 0), spread(to_plain), spread(to_svi)])
-    header = ["step", "µs: median (range)", "over the plain loop", "over `SVI.step`"]
+    header = ["step", "CPU µs: median (range)", "over the plain loop", "over `SVI.step`"]
     note = f"*{stamp()}; {options.rounds} interleaved rounds of {options.steps} steps.*"
     publish("step_cost", markdown(header, rows) + "\n\n" + note, options.write)
 

@@ -76,7 +76,12 @@ def site_kind(site: Site) -> SiteKind:
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
     """The sample sites of a trace by name, without the index sites of subsampling plates."""
-    return {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and type(s["fn"]).__name__ != "_Subsample"}
+    return without_subsampling({n: s for n, s in trace.nodes.items() if s["type"] == "sample"})
+
+
+def without_subsampling(sites: dict[str, Site]) -> dict[str, Site]:
+    """Sites but for the index sites of subsampling plates."""
+    return {name: site for name, site in sites.items() if type(site["fn"]).__name__ != "_Subsample"}
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,33 @@ def pair_traces(
     guide_trace = poutine.trace(guide).get_trace(*batch, **kwargs)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch, **kwargs)
     return guide_trace, model_trace
+
+
+class _Record(Messenger):
+    """Keep the sample sites of a run, and give those already drawn their values: a trace and a replay at less cost."""
+
+    def __init__(self, drawn: dict[str, Site]) -> None:
+        super().__init__()
+        self.drawn = drawn
+        self.sites: dict[str, Site] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and (site := self.drawn.get(msg["name"])) is not None:
+            msg["value"], msg["infer"], msg["done"] = site["value"], site["infer"], True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.sites[msg["name"]] = msg.copy()
+
+
+def pair_sites(
+    model: Callable[..., Any], guide: Callable[..., Any], *batch: Any, **kwargs: Any
+) -> tuple[dict[str, Site], dict[str, Site]]:
+    """The sample sites of the guide, and of the model run on its draws, without those of subsampling plates."""
+    with _Record({}) as first:
+        guide(*batch, **kwargs)
+    with _Record(first.sites) as second:
+        model(*batch, **kwargs)
+    return without_subsampling(first.sites), without_subsampling(second.sites)
 
 
 def row_log_prob(site: Site, dims: tuple[int, ...]) -> Tensor:
