@@ -1,6 +1,7 @@
 """Networks, no probability: every one takes any leading batch dimensions."""
 
 from pyro_gen.nn.conv import ConvDecoder, ConvEncoder
+from pyro_gen.nn.masked import MaskedMLP
 from pyro_gen.nn.mlp import MLP
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "MaskedMLP"]
