@@ -346,6 +346,11 @@ def process(*words: object, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+def heed_interrupts() -> None:
+    """A shell starts what it runs in the background with SIGINT ignored, and a child inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_the_module_is_the_command(tmp_path: Path) -> None:
     child = process("fit", "vae", "--data", "nowhere.npy", "--out", tmp_path / "run", cwd=tmp_path)
     out, err = child.communicate(timeout=120)
@@ -362,7 +367,7 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on_to_the_same_weights(table: Path, tmp_path: Path) -> None:
     words = ["fit", "vae", "--data", table, "--steps", 1500, "--batch-size", 9, "--average", 0.99, "--no-plots"]
     words += ["--checkpoint-every", 10, "--compile", "off", *SMALL]
-    child = process(*words, "--out", tmp_path / "run")
+    child = process(*words, "--out", tmp_path / "run", preexec_fn=heed_interrupts)
     until = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoint.pt").exists() and child.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
