@@ -14,24 +14,22 @@ With a Gaussian base and affine maps this is MAF, run the other way round IAF; w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 from torch.nn.functional import silu
 
 from pyro_gen.checks import describe
 from pyro_gen.nn.masked import MaskedMLP
-from pyro_gen.transforms.bijections import Bijection
-from pyro_gen.transforms.elementwise import ElementwiseMap, check_map
+from pyro_gen.transforms.elementwise import ElementwiseMap, Mapped
 
 __all__ = ["MaskedAutoregressive"]
 
 START = 0.1  # the last layer's weights start this much smaller: near the identity, yet every weight has a gradient
 
 
-class MaskedAutoregressive(Bijection):
+class MaskedAutoregressive(Mapped):
     r"""Autoregressive layer over any elementwise map.
 
     With ``direction="density"`` the forward direction is one parallel pass (cheap for the density of data, when
@@ -71,8 +69,7 @@ class MaskedAutoregressive(Bijection):
         direction: Literal["density", "sampling"] = "density",
         activation: Callable[[Tensor], Tensor] = silu,
     ) -> None:
-        super().__init__(features, context_features)
-        self.transformer = check_map(transformer)
+        super().__init__(transformer, features, context_features)
         if direction not in ("density", "sampling"):
             raise ValueError(f'direction must be "density" or "sampling", got {describe(direction)}')
         self.direction = direction
@@ -87,14 +84,6 @@ class MaskedAutoregressive(Bijection):
         with torch.no_grad():
             for parameter in self.net.layers[-1].parameters():
                 parameter.mul_(START)
-
-    @property
-    def domain(self) -> Any:
-        return constraints.independent(self.transformer.support, 1)
-
-    @property
-    def codomain(self) -> Any:
-        return self.domain
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.broadcast(x, context)

@@ -11,22 +11,19 @@ names the family: ``Shift`` NICE, ``Affine`` RealNVP, ``Spline`` NSF (coupling).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyro_gen.nn.mlp import MLP
-from pyro_gen.transforms.bijections import Bijection
-from pyro_gen.transforms.elementwise import ElementwiseMap, check_map
+from pyro_gen.transforms.elementwise import ElementwiseMap, Mapped
 
 __all__ = ["Coupling"]
 
 START = 0.1  # the last layer's weights start this much smaller: near the identity, yet every weight has a gradient
 
 
-class Coupling(Bijection):
+class Coupling(Mapped):
     r"""Coupling layer by halves over any elementwise map.
 
     Args:
@@ -57,13 +54,12 @@ class Coupling(Bijection):
         *,
         swap: bool = False,
     ) -> None:
-        super().__init__(features, context_features)
+        super().__init__(transformer, features, context_features)
         if features < 2:
             raise ValueError(
                 f"features must be at least 2, as one half is mapped given the other, got {features}: for a single "
                 "feature use MaskedAutoregressive, or Elementwise without a context"
             )
-        self.transformer = check_map(transformer)
         self.swap = swap
         self.split = features // 2
         given, mapped = (features - self.split, self.split) if swap else (self.split, features - self.split)
@@ -72,14 +68,6 @@ class Coupling(Bijection):
         with torch.no_grad():
             for parameter in self.net.layers[-1].parameters():
                 parameter.mul_(START)
-
-    @property
-    def domain(self) -> Any:
-        return constraints.independent(self.transformer.support, 1)
-
-    @property
-    def codomain(self) -> Any:
-        return self.domain
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         given, mapped, params = self._read(x, context)

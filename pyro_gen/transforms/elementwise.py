@@ -61,7 +61,29 @@ def check_map(transformer: Any) -> ElementwiseMap:
     return transformer
 
 
-class Elementwise(Bijection):
+class Mapped(Bijection):
+    """A bijection whose features go through an elementwise map, on whose support it stands.
+
+    Args:
+        transformer: the elementwise map.
+        features: size of the vectors.
+        context_features: size of the context, 0 for none.
+    """
+
+    def __init__(self, transformer: ElementwiseMap, features: int, context_features: int = 0) -> None:
+        super().__init__(features, context_features)
+        self.transformer = check_map(transformer)
+
+    @property
+    def domain(self) -> Any:
+        return constraints.independent(self.transformer.support, 1)
+
+    @property
+    def codomain(self) -> Any:
+        return self.domain
+
+
+class Elementwise(Mapped):
     r"""Each feature mapped by itself, :math:`y_i = \tau(x_i; \phi_i)` with the :math:`\phi_i` as weights.
 
     Args:
@@ -76,17 +98,8 @@ class Elementwise(Bijection):
     """
 
     def __init__(self, transformer: ElementwiseMap, features: int) -> None:
-        super().__init__(features)
-        self.transformer = check_map(transformer)
+        super().__init__(transformer, features)
         self.params = nn.Parameter(torch.zeros(features, transformer.params))
-
-    @property
-    def domain(self) -> Any:
-        return constraints.independent(self.transformer.support, 1)
-
-    @property
-    def codomain(self) -> Any:
-        return self.domain
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, _ = self.broadcast(x, context)

@@ -253,22 +253,6 @@ def test_analytic_kl_equals_trace_mean_field_elbo(name: str, particles: str) -> 
     assert abs(float(sampled[0] - wanted[0])) > 1e-3  # the closed form is another number than the draw
 
 
-def draws(loss: Callable[[], Tensor], repeats: int) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Means and standard errors of a loss and of its gradients."""
-    params = dict(pyro.get_param_store().named_parameters())
-    values, grads = [], []
-    for _ in range(repeats):
-        value = loss()
-        found = torch.autograd.grad(value, list(params.values()), allow_unused=True)
-        values.append(value.detach())
-        grads.append([torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), found, strict=True)])
-    stacked = [torch.stack(g) for g in zip(*grads, strict=True)]
-    value, root = torch.stack(values), math.sqrt(repeats)
-    means = {n: g.mean(0) for n, g in zip(params, stacked, strict=True)}
-    errors = {n: g.std(0) / root for n, g in zip(params, stacked, strict=True)}
-    return value.mean(), value.std() / root, means, errors
-
-
 def test_under_two_scales_there_is_no_closed_form() -> None:
     (model, guide), x = scaled(), data()  # 2.5 log p - 0.5 log q, as it is written
     sampled, closed = (pg.ELBO(analytic_kl=analytic)(model, guide) for analytic in (False, True))
