@@ -35,9 +35,11 @@ import torch
 from pyro.infer.elbo import ELBOModule
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_gen import handlers, scopes
 from pyro_gen.checks import as_shape, check_count, check_rows, describe
+from pyro_gen.densities import Density
 from pyro_gen.handlers import Structure
 
 EvidenceKind = Literal["exact", "lower bound", "upper bound", "estimate"]
@@ -116,17 +118,9 @@ class Program(nn.Module):
             TypeError, ValueError: naming the argument, what was given and what to do.
         """
         batch: tuple[Tensor, ...] = (check_rows(x, self.event_shape),)
-        if self.context_shape is None:
-            if context is not None:
-                raise ValueError(
-                    "context was given to a program without one: pass x alone, or build the program with context_shape="
-                )
-        else:
-            if context is None:
-                raise ValueError(
-                    f"context is missing: this program was built with context_shape={tuple(self.context_shape)}, so "
-                    "data are a pair (x, context)"
-                )
+        if (context is None) != (self.context_shape is None):
+            raise ValueError(context_error(self.context_shape))
+        if self.context_shape is not None:
             batch += (check_rows(context, self.context_shape, "context"),)
             if batch[0].shape[0] != batch[1].shape[0]:
                 raise ValueError(
@@ -151,6 +145,12 @@ class Program(nn.Module):
     def check_training(self, x: Tensor) -> None:
         """Refuse data on which the fit has no maximum; families override it."""
 
+    def initialise(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Set what starts from data (a location and scale, say), once: a second call changes nothing.
+
+        ``fit`` calls it with the training rows before its first step; call it before a training loop of your own.
+        """
+
     def template(self) -> Tensor:
         """An empty tensor with the device and dtype of the program's parameters, or of torch's defaults."""
         own = self._own_tensor()
@@ -158,6 +158,19 @@ class Program(nn.Module):
 
     def _own_tensor(self) -> Tensor | None:
         return next((t for t in (*self.parameters(), *self.buffers()) if t.dtype.is_floating_point), None)
+
+
+def context_error(context_shape: torch.Size | None) -> str:
+    """What to say where a context is missing, or is one too many."""
+    if context_shape is None:
+        return "context was given to a program without one: pass x alone, or build the program with context_shape="
+    return f"context is missing: this program was built with context_shape={tuple(context_shape)}: pass (x, context)"
+
+
+def event_names(event_shape: torch.Size) -> list[str]:
+    """What ArviZ is to call the dimensions of one datum."""
+    names = {1: ["feature"], 2: ["height", "width"], 3: ["channel", "height", "width"]}
+    return names.get(len(event_shape), [f"event_{i}" for i in range(len(event_shape))])
 
 
 class Samples(Program):
@@ -177,19 +190,24 @@ class Samples(Program):
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise ValueError(f"n must be a positive int, got {describe(n)}")
+        with nullcontext() if seed is None else scopes.forked_generators(seed):
+            return cast(Tensor, self._data_site(n, context)["value"]).reshape(n, *self.event_shape)
+
+    def _data_site(self, n: int, context: Tensor | None) -> Any:
+        """The site of x in a run of the model with nothing observed."""
         x = self.template().new_zeros((n, *self.event_shape))
         batch = self.check(x, context)
-        generators = nullcontext() if seed is None else scopes.forked_generators(seed)
-        with generators, poutine.block(), handlers.Unobserve() as redrawn:
+        with poutine.block(), handlers.Unobserve() as redrawn:
             trace = poutine.trace(self.model).get_trace(*batch)
         found = [name for name, value in redrawn.observed.items() if value is x] or list(redrawn.observed)
         if len(found) != 1:
             raise ValueError(f"the model's data site is not clear among {found}: observe x itself, obs=x")
-        drawn, shape = cast(Tensor, trace.nodes[found[0]]["value"]), (n, *self.event_shape)
+        site: Any = trace.nodes[found[0]]
+        drawn, shape = site["value"], (n, *self.event_shape)
         if [d for d in drawn.shape if d != 1] != [d for d in shape if d != 1]:  # obs=x.squeeze(-1) is x all the same
             given = f"the model's site {found[0]!r} has shape {tuple(drawn.shape)}"
             raise ValueError(f"{given}, x has {shape}: observe x itself, obs=x")
-        return drawn.reshape(shape)
+        return site
 
 
 class Implicit(Samples):
@@ -272,6 +290,25 @@ class Exact(Unnormalized, Bounded):
     def lower_bound(self, x: Tensor, context: Tensor | None = None, particles: int = 1) -> Tensor:
         """log p of each row: the bound's gap is 0."""
         return self.log_prob(x, context)
+
+    def distribution(self, context: Tensor | None = None) -> Any:
+        """p(x) as a Pyro distribution, for any ``pyro.sample``: as a prior, a likelihood or a guide.
+
+        Args:
+            context: for a conditional program, ``(*batch_shape, *context_shape)``; the distribution has that batch.
+
+        Returns:
+            A distribution of event shape ``event_shape``, with ``log_prob``, ``sample``, ``support`` and ``expand``.
+        """
+        if (context is None) != (self.context_shape is None):
+            raise ValueError(context_error(self.context_shape))
+        ndim = 0 if self.context_shape is None else len(self.context_shape)
+        one = None if context is None else context.reshape(-1, *context.shape[context.dim() - ndim :])[:1]
+        with torch.no_grad():
+            fn = self._data_site(1, one)["fn"]
+        events = len(self.event_shape)
+        support = fn.support if fn.event_dim >= events else constraints.independent(fn.support, events - fn.event_dim)
+        return Density(self.log_prob, self.sample, self.event_shape, support, context, ndim)
 
 
 # -------------------------------------------------------------------------------------------------------- objectives

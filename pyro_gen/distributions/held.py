@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-__all__ = ["Held"]
+__all__ = ["Held", "tensors_of"]
 
 
 class Held(nn.Module):
@@ -28,7 +28,7 @@ class Held(nn.Module):
         super().__init__()
         self.distribution = distribution
         self.paths: dict[str, tuple[str, ...]] = {}
-        for path, tensor in _tensors(distribution):
+        for path, tensor in tensors_of(distribution):
             name = "_".join(path).lstrip("_")
             self.paths[name] = path
             self.register_buffer(name, tensor.detach().clone())
@@ -43,13 +43,14 @@ class Held(nn.Module):
         return result
 
 
-def _tensors(d: Distribution) -> list[tuple[tuple[str, ...], Tensor]]:
+def tensors_of(d: Distribution) -> list[tuple[tuple[str, ...], Tensor]]:
+    """The tensors that a distribution, and those nested in it, are made of, each with the names that lead to it."""
     found: list[tuple[tuple[str, ...], Tensor]] = []
     for key, value in d.__dict__.items():
         if isinstance(value, Tensor):
             found.append(((key,), value))
         elif isinstance(value, Distribution):
-            found += [((key, *path), tensor) for path, tensor in _tensors(value)]
+            found += [((key, *path), tensor) for path, tensor in tensors_of(value)]
     return found
 
 

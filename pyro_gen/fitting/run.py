@@ -96,6 +96,7 @@ class Run:
             self.stream = _chain(self.first, self.stream)
         if program is not None:
             program.check(*self.first)
+            program.initialise(*(self.first if self.batches.loader is not None else self.batches.data))
         try:
             with pyro.validation_enabled(True):
                 module.prepare(*self.first)

@@ -1,5 +1,6 @@
 """Families of generative models, one a file."""
 
+from pyro_gen.programs.flow import Flow
 from pyro_gen.programs.vae import VAE
 
-__all__ = ["VAE"]
+__all__ = ["VAE", "Flow"]

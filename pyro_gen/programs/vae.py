@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_gen.base import Bounded
+from pyro_gen.base import Bounded, event_names
 from pyro_gen.checks import as_shape, check_count, describe
-from pyro_gen.distributions.held import Held
+from pyro_gen.distributions.bases import base_of
 from pyro_gen.distributions.likelihoods import Likelihood, Scale
 from pyro_gen.distributions.likelihoods import likelihood as named_likelihood
 from pyro_gen.nn import MLP, ConvDecoder, ConvEncoder
@@ -36,33 +36,6 @@ __all__ = ["VAE"]
 
 _LATENT: Any = {"event_dims": ["latent"]}  # what ArviZ calls the dimension of z
 Network = nn.Module | Literal["mlp", "conv"] | None
-
-
-class StandardNormal(nn.Module):
-    """N(0, I) on the device and with the dtype of what it is asked beside."""
-
-    loc: Tensor
-
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__()
-        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
-
-    def forward(self) -> Any:
-        return dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)
-
-
-class GaussianMixture(nn.Module):
-    """A learnt mixture of diagonal Gaussians over the latent space."""
-
-    def __init__(self, latent_dim: int, components: int) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(torch.zeros(components))
-        self.loc = nn.Parameter(torch.randn(components, latent_dim))
-        self.log_scale = nn.Parameter(torch.zeros(components, latent_dim))
-
-    def forward(self) -> Any:
-        parts = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), parts)
 
 
 class Decoder(nn.Module):
@@ -79,7 +52,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.prior, self.network, self.likelihood = prior, network, observe
         self.event_shape, self.own_network = event_shape, own_network
-        self.event_names = _event_names(event_shape)
+        self.event_names = event_names(event_shape)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         with pyro.plate("data", x.shape[0]):
@@ -224,7 +197,13 @@ class VAE(Bounded):
         inference.network = _encoder(encoder, event, inference.outputs, hidden, context_features)
         own_decoder = not isinstance(decoder, nn.Module)
         network = _decoder(decoder, latent_dim, event, maps, hidden, context_features)
-        generator = Decoder(_prior(prior, latent_dim, components), network, observe, event, own_decoder)
+        generator = Decoder(
+            base_of("normal" if prior is None else prior, latent_dim, components=components, name="prior"),
+            network,
+            observe,
+            event,
+            own_decoder,
+        )
         super().__init__(generator, inference, tuple(event), None if context is None else tuple(context))
         self.latent_dim = latent_dim
         given: dict[str, Any] = {"encoder": encoder, "decoder": decoder, "prior": prior, "likelihood": likelihood}
@@ -284,11 +263,6 @@ def _call(network: nn.Module, x: Tensor, context: Tensor | None, own: bool) -> T
     return cast(Tensor, network(x, context.flatten(1) if own and context.dim() > 2 else context))
 
 
-def _event_names(event: torch.Size) -> list[str]:
-    names = {1: ["feature"], 2: ["height", "width"], 3: ["channel", "height", "width"]}
-    return names.get(len(event), [f"event_{i}" for i in range(len(event))])
-
-
 def _likelihood(
     likelihood: str | Callable[[Tensor], Any], event: torch.Size, scale: Scale | None, levels: int | None
 ) -> Any:
@@ -299,24 +273,6 @@ def _likelihood(
     if scale is not None or levels is not None:
         raise ValueError("scale= and levels= belong to likelihoods given by name")
     return likelihood
-
-
-def _prior(prior: Any, latent_dim: int, components: int) -> nn.Module:
-    if prior is None:
-        return StandardNormal(latent_dim)
-    if prior == "mixture":
-        return GaussianMixture(latent_dim, check_count(components, "components"))
-    if isinstance(prior, Distribution):
-        if tuple(prior.event_shape) != (latent_dim,) or tuple(prior.batch_shape):
-            raise ValueError(
-                f"prior must have event shape ({latent_dim},) and no batch shape, got event "
-                f"{tuple(prior.event_shape)}, batch {tuple(prior.batch_shape)}: "
-                ".to_event(1) makes a batch of scalars one vector"
-            )
-        return Held(prior)
-    if isinstance(prior, nn.Module):
-        return prior
-    raise ValueError(f"prior must be None, 'mixture', a distribution or a module that gives one, got {prior!r}")
 
 
 def _image(event: torch.Size, name: str) -> None:

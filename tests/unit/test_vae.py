@@ -141,7 +141,7 @@ def test_a_likelihood_of_ones_own() -> None:
         ({"likelihood": "poisson"}, "likelihood must be one of"),
         ({"likelihood": 3}, "likelihood must be a name or a callable"),
         ({"guide": "flow"}, "guide must be 'diagonal' or 'full_rank'"),
-        ({"prior": "vamp"}, "prior must be None, 'mixture'"),
+        ({"prior": "vamp"}, "prior must be 'normal'"),
         ({"prior": dist.Normal(0.0, 1.0)}, "prior must have event shape"),
         ({"prior": dist.Normal(torch.zeros(3), 1.0).to_event(1)}, "prior must have event shape"),
         ({"encoder": "resnet"}, "encoder must be a module"),
