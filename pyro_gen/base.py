@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -196,7 +197,7 @@ class Samples(Program):
     def _data_site(self, n: int, context: Tensor | None) -> Any:
         """The site of x in a run of the model with nothing observed."""
         x = self.template().new_zeros((n, *self.event_shape))
-        batch = self.check(x, context)
+        batch = Program.check(self, x, context)  # zeros need not lie in the support
         with poutine.block(), handlers.Unobserve() as redrawn:
             trace = poutine.trace(self.model).get_trace(*batch)
         found = [name for name, value in redrawn.observed.items() if value is x] or list(redrawn.observed)
@@ -377,6 +378,13 @@ class ObjectiveModule(ELBOModule):
         for parameter in frozen:  # a first `pyro.param` of what a PyroModule holds directly thaws it
             parameter.requires_grad_(False)
         self.check_structure(shape)
+        if shape.drawn_stepwise:
+            warnings.warn(
+                f"the guide draws {', '.join(map(repr, shape.drawn_stepwise))} feature by feature, from a flow built "
+                "with direction='density': training it is slow. Build it with direction='sampling'",
+                UserWarning,
+                stacklevel=2,
+            )
         own = {id(p) for p in self.parameters()}
         unique = {id(t): t for t in tensors if id(t) not in own and t.is_leaf and t.requires_grad}
         self.__dict__["store_parameters"] = list(unique.values())

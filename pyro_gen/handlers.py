@@ -61,8 +61,7 @@ def site_kind(site: Site) -> SiteKind:
     if infer.get("_deterministic"):
         return "deterministic"
     masked_out = getattr(fn, "_mask", None) is False
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
+    fn = innermost(fn)
     if (
         site["is_observed"] and masked_out and isinstance(fn, dist.Delta)
     ):  # what `poutine.reparam` puts in a site's place
@@ -72,6 +71,13 @@ def site_kind(site: Site) -> SiteKind:
     if infer.get("is_auxiliary"):
         return "auxiliary"
     return "observed" if site["is_observed"] else "latent"
+
+
+def innermost(fn: Any) -> Any:
+    """A distribution without the masks, events and plates put around it."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
 
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
@@ -99,6 +105,7 @@ class Structure:
         global_sites: latent sites of the model and sites of the guide that stand outside the data plate.
         enumerated: names of the sites that ask for enumeration (``infer={"enumerate": "parallel"}``).
         reparameterized: True if every guide site is drawn by the reparameterization trick.
+        drawn_stepwise: guide sites whose draws are made feature by feature.
     """
 
     rows: int
@@ -111,6 +118,7 @@ class Structure:
     global_sites: tuple[str, ...]
     enumerated: tuple[str, ...]
     reparameterized: bool
+    drawn_stepwise: tuple[str, ...] = ()
 
     def require_data_plate(self, purpose: str) -> str:
         """The data plate's name; a ``ValueError`` that names ``purpose`` where there is none."""
@@ -180,6 +188,7 @@ def structure(
         global_sites=tuple(outside),
         enumerated=tuple(n for n, s in {**p, **q}.items() if (s["infer"] or {}).get("enumerate")),
         reparameterized=all(s["fn"].has_rsample for s in q.values() if not s["is_observed"]),
+        drawn_stepwise=tuple(n for n, s in q.items() if getattr(innermost(s["fn"]), "stepwise", None) == "rsample"),
     )
     tensors: list[Tensor] = []
     for site in params.trace.nodes.values():

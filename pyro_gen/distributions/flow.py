@@ -95,7 +95,7 @@ class FlowDistribution(TorchDistribution):
                 f"context must have shape (*batch_shape, {bijection.context_features}), got {tuple(context.shape)}"
             )
         self.bijection = cast(Bijection, snapshot(bijection))
-        self.base_dist, self.context, self.stepwise = base, context, stepwise
+        self.noise, self.context, self.stepwise = base, context, stepwise
         batch = base.batch_shape
         if context is not None:
             batch = torch.broadcast_shapes(batch, context.shape[:-1])
@@ -105,7 +105,7 @@ class FlowDistribution(TorchDistribution):
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
         """Whether draws are differentiable: those of the base are."""
-        return self.base_dist.has_rsample
+        return self.noise.has_rsample
 
     @constraints.dependent_property
     def support(self) -> Any:
@@ -126,7 +126,7 @@ class FlowDistribution(TorchDistribution):
     # ---------------------------------------------------------------------------------------------------- both at once
     def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> tuple[Tensor, Tensor]:  # noqa: B008
         """Draws and their log-densities from one pass: ``(*sample, *batch, *event)`` and ``(*sample, *batch)``."""
-        base = self.base_dist.expand(self.batch_shape)
+        base = self.noise.expand(self.batch_shape)
         z = base.rsample(sample_shape) if base.has_rsample else base.sample(sample_shape)
         x, ladj = self.bijection.inverse(z, self.context)
         return x.reshape(x.shape[:-1] + self.event_shape), base.log_prob(z) - ladj
@@ -134,7 +134,7 @@ class FlowDistribution(TorchDistribution):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draws, differentiable in the weights and the context."""
         if not self.has_rsample:
-            raise NotImplementedError(f"the base, {describe(self.base_dist)}, has no differentiable draws: use sample")
+            raise NotImplementedError(f"the base, {describe(self.noise)}, has no differentiable draws: use sample")
         return self.rsample_and_log_prob(sample_shape)[0]
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class FlowDistribution(TorchDistribution):
             return kept
         if self._validate_args:
             self._validate_sample(value)
-        if self.stepwise == "log_prob" and torch.is_grad_enabled():
+        if self.stepwise == "log_prob" and _is_trained(self.bijection):
             warnings.warn(
                 "the density of data is had feature by feature here, as the flow was built with direction='sampling': "
                 "training it this way is slow. Build it with direction='density'",
@@ -164,12 +164,12 @@ class FlowDistribution(TorchDistribution):
             )
         batch = value.shape[: value.dim() - len(self.event_shape)]
         z, ladj = self.bijection(value.reshape(*batch, self.bijection.features), self.context)
-        result: Tensor = self.base_dist.log_prob(z) + ladj
+        result: Tensor = self.noise.log_prob(z) + ladj
         return result.expand(torch.broadcast_shapes(batch, self.batch_shape))
 
     def _weights(self) -> list[Tensor]:
         own = [*self.bijection.parameters(), *self.bijection.buffers()]
-        return [*own, *(tensor for _, tensor in tensors_of(self.base_dist))]
+        return [*own, *(tensor for _, tensor in tensors_of(self.noise))]
 
     def _density_of_draw(self, value: Tensor) -> Tensor | None:
         """What was kept with a draw, if this is the draw and what was kept is still so."""
@@ -178,6 +178,10 @@ class FlowDistribution(TorchDistribution):
         _, log_prob, held, versions = self._drawn
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in held)
         return log_prob if versions == _versions(held) and (log_prob.requires_grad or not wanted) else None
+
+
+def _is_trained(bijection: Bijection) -> bool:
+    return torch.is_grad_enabled() and any(p.requires_grad for p in bijection.parameters())
 
 
 def support_of(bijection: Bijection, event_shape: torch.Size) -> Any:

@@ -141,6 +141,18 @@ def real(*event: int) -> Data:
     return lambda: torch.randn(ROWS, *event)
 
 
+def unit(*event: int) -> Data:
+    return lambda: torch.rand(ROWS, *event)
+
+
+def positive(*event: int) -> Data:
+    return lambda: torch.rand(ROWS, *event).exp()
+
+
+def simplex(*event: int) -> Data:
+    return lambda: torch.randn(ROWS, *event).softmax(-1)
+
+
 def binary(*event: int) -> Data:
     return lambda: torch.randint(2, (ROWS, *event)).float()
 
@@ -160,7 +172,7 @@ class Case:
         objectives: names in `OBJECTIVES`; None for `USUAL` of its kind.
         store: parameters that live in Pyro's global store: ``"always"`` (``pyro.param``), or ``"in global mode"``
             (``PyroParam``, autoguides). What lives there is not compiled.
-        discrete: the data stand on a discrete support, so that its density has no score.
+        scoreless: its density has no score: the data stand on a discrete support, or on a surface.
     """
 
     name: str
@@ -169,7 +181,7 @@ class Case:
     context: Data | None = None
     objectives: tuple[str, ...] | None = None
     store: str = "never"
-    discrete: bool = False
+    scoreless: bool = False
 
     def build(self) -> tuple[Program, tuple[Tensor, ...]]:
         """The program and its batch, the same each time."""
@@ -186,6 +198,9 @@ class Case:
 SMALL: dict[str, Any] = {"latent_dim": 2, "hidden": (6,)}
 ALL = ("elbo", "elbo kl", "elbo loop", "elbo at once", "iwae", "iwae loop", "dreg", "dreg loop", "stl")
 SHARED = ("elbo", "elbo loop", "iwae loop")  # where latents belong to all rows at once
+TINY: dict[str, Any] = {"layers": 2, "hidden": (6,)}
+EXACT = ("likelihood", "elbo", "iwae")
+LIKELIHOOD = ("likelihood",)  # the others are the same number
 CASES = [
     Case("vae", lambda: pg.VAE(3, **SMALL), real(3), objectives=ALL),
     Case("vae shared scale", lambda: pg.VAE(3, scale="shared", **SMALL), real(3)),
@@ -210,7 +225,28 @@ CASES = [
     Case(
         "global latents", global_latents, real(3), objectives=("elbo", "elbo loop", "iwae loop"), store="in global mode"
     ),
-    Case("exact", lambda: pg.Exact(LinearGaussian(), 3), real(3), objectives=("likelihood", "elbo", "iwae")),
+    Case("flow", lambda: pg.Flow(3, layers=2, hidden=(6,)), real(3), objectives=EXACT),
+    Case("flow of images", lambda: pg.Flow((1, 2, 3), layers=2, hidden=(8,)), real(1, 2, 3), objectives=LIKELIHOOD),
+    Case("flow coupling", lambda: pg.Flow(3, "spline_coupling", layers=2, hidden=(6,)), real(3), objectives=LIKELIHOOD),
+    Case("flow to sample", lambda: pg.Flow(3, direction="sampling", **TINY), real(3), objectives=LIKELIHOOD),
+    Case("flow affine", lambda: pg.Flow(3, "affine_autoregressive", **TINY), real(3), objectives=LIKELIHOOD),
+    Case("flow RealNVP", lambda: pg.Flow(3, "affine_coupling", **TINY), real(3), objectives=LIKELIHOOD),
+    Case(
+        "flow NICE", lambda: pg.Flow(3, "additive_coupling", mixing="rotation", **TINY), real(3), objectives=LIKELIHOOD
+    ),
+    Case("flow linear", lambda: pg.Flow(3, "linear"), real(3), objectives=LIKELIHOOD),
+    Case("flow Sylvester", lambda: pg.Flow(3, "sylvester", layers=2), real(3), objectives=LIKELIHOOD),
+    Case("flow BNAF", lambda: pg.Flow(2, "block_autoregressive", **TINY), real(2), objectives=LIKELIHOOD),
+    Case("flow context", lambda: pg.Flow(3, context_shape=2, **TINY), real(3), real(2), objectives=EXACT),
+    Case("flow Student t", lambda: pg.Flow(3, base="student_t", **TINY), real(3), objectives=LIKELIHOOD),
+    Case("flow mixture", lambda: pg.Flow(3, base="mixture", components=2, **TINY), real(3), objectives=LIKELIHOOD),
+    Case("flow box", lambda: pg.Flow(3, base="uniform", support=(0, 1), **TINY), unit(3), objectives=LIKELIHOOD),
+    Case("flow positive", lambda: pg.Flow(3, support="positive", **TINY), positive(3), objectives=LIKELIHOOD),
+    Case(
+        "flow simplex", lambda: pg.Flow(3, support="simplex", **TINY), simplex(3), objectives=LIKELIHOOD, scoreless=True
+    ),
+    Case("flow torus", lambda: pg.Flow(2, "circular_coupling", **TINY), unit(2), objectives=LIKELIHOOD),
+    Case("exact", lambda: pg.Exact(LinearGaussian(), 3), real(3), objectives=EXACT),
 ]
 
 OBJECTIVES: dict[str, Objective[Any]] = {

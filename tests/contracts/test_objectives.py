@@ -21,6 +21,7 @@ IN_MODES = [  # where parameters live matters to programs that use Pyro's store;
     for name in objectives_of(case)
     for local in ([False, True] if case.store != "never" or case.name == "vae bernoulli" else [False])
 ]
+pytestmark = pytest.mark.filterwarnings("ignore:.*feature by feature")  # said of the flow built for sampling
 on_all = pytest.mark.parametrize(("case", "name"), PAIRS)
 in_modes = pytest.mark.parametrize(("case", "name", "local"), IN_MODES, indirect=["local"])
 
