@@ -280,6 +280,11 @@ class Unnormalized(Program):
 class Exact(Unnormalized, Bounded):
     """A program whose density is normalised: Z = 1, the bound's gap is 0, so every objective of the others fits it."""
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether ``log_prob`` is an unbiased estimate, another at each call (a continuous flow of many features)."""
+        return False
+
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p of each row: ``(rows,)``, in nats."""
         return handlers.log_density(self.model, *self.check(x, context))
@@ -626,6 +631,36 @@ class Evidence:
             standard_error=None if total.standard_error is None else total.standard_error / n,
             shared_error=self.shared_error,
             sampling_error=None if total.sampling_error is None else total.sampling_error / n,
+        )
+
+    def bits_per_dimension(self, dims: int) -> Evidence:
+        r"""The code length :math:`-\log_2 p(x) / D` of whole numbers, errors and all; a lower bound becomes an upper one.
+
+        Args:
+            dims: number D of values in a datum.
+
+        Returns:
+            An evidence in bits per dimension. For dequantised data it is that of x + U[0, 1), in expectation an upper
+            bound on that of x.
+
+        References:
+            L. Theis, A. van den Oord, M. Bethge, "A note on the evaluation of generative models", 2016,
+            arXiv:1511.01844, section 3.1.
+        """
+        per = 1 / (check_count(dims, "dims") * math.log(2))
+        flipped: dict[str, EvidenceKind] = {"lower bound": "upper bound", "upper bound": "lower bound"}
+
+        def scaled(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t * per
+
+        return replace(
+            self,
+            value=-self.value * per,
+            kind=flipped.get(self.kind, self.kind),
+            standard_error=scaled(self.standard_error),
+            shared_error=self.shared_error * per,
+            sampling_error=scaled(self.sampling_error),
+            label="bits per dimension",
         )
 
     def __str__(self) -> str:

@@ -15,6 +15,8 @@ from pyro_gen import scopes
 from pyro_gen.base import Bounded, Evidence, EvidenceMethod, Exact, Implicit, Program, Unnormalized
 from pyro_gen.checks import describe
 
+REPEATS = 16  # of a density that is estimated, to know its error
+
 __all__ = ["exact_evidence", "log_evidence", "require_bounded"]
 
 
@@ -53,11 +55,21 @@ def log_evidence(program: Program, x: Tensor, context: Tensor | None = None, *, 
 
 
 def exact_evidence(program: Exact, x: Tensor, context: Tensor | None = None) -> Evidence:
-    """The evidence of a program that has it in closed form: its ``log_prob``, of kind ``"exact"``."""
+    """The evidence of a program that has it in closed form: its ``log_prob``, of kind ``"exact"``.
+
+    Where ``log_prob`` is itself an unbiased estimate, the mean of several, an ``"estimate"`` with its standard error.
+    """
     batch = program.check(x, context)
-    with torch.no_grad(), poutine.block(), scopes.evaluation_mode(program):
+
+    def once() -> Tensor:
         parts = zip(*(part.split(1024) for part in batch), strict=True)
-        return Evidence(torch.cat([program.log_prob(*rows).to("cpu", torch.float64) for rows in parts]), "exact")
+        return torch.cat([program.log_prob(*rows).to("cpu", torch.float64) for rows in parts])
+
+    with torch.no_grad(), poutine.block(), scopes.evaluation_mode(program):
+        if not program.stochastic:
+            return Evidence(once(), "exact")
+        values = torch.stack([once() for _ in range(REPEATS)])
+        return Evidence(values.mean(0), "estimate", values.std(0) / REPEATS**0.5)
 
 
 def require_bounded(program: Program, method: str) -> Bounded:

@@ -217,6 +217,11 @@ class Flow(Exact):
         x, *rest = self.check(x, context)
         return self.model.distribution(*rest).log_prob(x)
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether log p is estimated: the trace of a continuous flow of many features is."""
+        return self.model.bijection.stochastic
+
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
         """p(x), or p(x | context), as a Pyro distribution with differentiable draws.
 

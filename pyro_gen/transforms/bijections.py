@@ -17,6 +17,7 @@ indexing and no assertion on values: calls vectorise under ``torch.func.vmap``, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,17 +41,21 @@ class Bijection(nn.Module):
     Args:
         features: size D of the vectors.
         context_features: size C of the context that the map depends on, 0 for none.
+        out_features: size of the vectors y, where it is not that of x: a point of the simplex has D entries and D − 1
+            coordinates. The volume of x is then that of its coordinates; the class says which.
 
-    Shapes: x and y are ``(..., D)``, the context ``(..., C)``; leading dimensions broadcast, and the log-determinant
-    has their shape.
+    Shapes: x and y are ``(..., D)``, y ``(..., out_features)`` where that differs, the context ``(..., C)``; leading
+    dimensions broadcast, and the log-determinant has their shape.
     """
 
     event_dim = 1
     data_dependent = False  #: whether `initialise` does anything
+    stochastic: bool = False  #: whether the log-determinant is a random, unbiased estimate
 
-    def __init__(self, features: int, context_features: int = 0) -> None:
+    def __init__(self, features: int, context_features: int = 0, *, out_features: int | None = None) -> None:
         super().__init__()
         self.features = check_count(features, "features")
+        self.out_features = self.features if out_features is None else check_count(out_features, "out_features")
         self.context_features = check_count(context_features, "context_features") if context_features else 0
 
     @property
@@ -74,12 +79,17 @@ class Bijection(nn.Module):
     def initialise(self, x: Tensor, context: Tensor | None = None) -> None:
         """Set the parameters that are to start from data (:class:`~pyro_gen.transforms.linear.ActNorm`) from ``x``."""
 
-    def broadcast(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x and the context with their leading dimensions broadcast; a ``ValueError`` if a size does not fit."""
-        if x.dim() < 1 or x.shape[-1] != self.features:
+    def broadcast(
+        self, x: Tensor, context: Tensor | None, *, features: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x and the context with their leading dimensions broadcast; a ``ValueError`` if a size does not fit.
+
+        ``features`` is the size to expect: that of x unless given (an ``inverse`` reads ``out_features``).
+        """
+        size = self.features if features is None else features
+        if x.dim() < 1 or x.shape[-1] != size:
             raise ValueError(
-                f"{type(self).__name__} takes vectors of {self.features} features, shape (..., {self.features}), "
-                f"got {tuple(x.shape)}"
+                f"{type(self).__name__} takes vectors of {size} features, shape (..., {size}), got {tuple(x.shape)}"
             )
         if context is None:
             if self.context_features:
@@ -102,7 +112,7 @@ class Bijection(nn.Module):
                 f"the leading dimensions of x, {tuple(x.shape[:-1])}, and of the context, "
                 f"{tuple(context.shape[:-1])}, do not broadcast"
             ) from None
-        return x.expand(*batch, self.features), context.expand(*batch, self.context_features)
+        return x.expand(*batch, size), context.expand(*batch, self.context_features)
 
 
 class Compose(Bijection):
@@ -126,12 +136,18 @@ class Compose(Bijection):
                 raise TypeError(f"parts must be bijections, got {describe(part)}")
         if not parts:
             raise ValueError("parts is empty: give at least one bijection")
-        if len(sizes := {part.features for part in parts}) > 1:
-            raise ValueError(f"parts must have one number of features, got {sorted(sizes)}")
+        for first, second in pairwise(parts):
+            if first.out_features != second.features:
+                raise ValueError(
+                    f"parts that meet must have one number of features: {describe(first)} gives "
+                    f"{first.out_features}, and {describe(second)} after it takes {second.features}"
+                )
         if len(contexts := {part.context_features for part in parts} - {0}) > 1:
             raise ValueError(f"parts that take a context must take the same, got context_features {sorted(contexts)}")
-        super().__init__(parts[0].features, max(part.context_features for part in parts))
+        context_features = max(part.context_features for part in parts)
+        super().__init__(parts[0].features, context_features, out_features=parts[-1].out_features)
         self.parts = nn.ModuleList(parts)
+        self.stochastic = any(part.stochastic for part in parts)
 
     @property
     def domain(self) -> Any:
@@ -153,7 +169,7 @@ class Compose(Bijection):
         return y, total
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, context = self.broadcast(y, context)
+        x, context = self.broadcast(y, context, features=self.out_features)
         total = x.new_zeros(x.shape[:-1])
         for part in reversed(self._parts()):
             x, ladj = part.inverse(x, context)
@@ -178,8 +194,9 @@ class Inverse(Bijection):
     def __init__(self, bijection: Bijection) -> None:
         if not isinstance(bijection, Bijection):
             raise TypeError(f"bijection must be a Bijection, got {describe(bijection)}")
-        super().__init__(bijection.features, bijection.context_features)
+        super().__init__(bijection.out_features, bijection.context_features, out_features=bijection.features)
         self.bijection = bijection
+        self.stochastic = bijection.stochastic
 
     @property
     def domain(self) -> Any:

@@ -16,6 +16,7 @@ from pyro_gen.transforms.affine import Affine, Shift
 from pyro_gen.transforms.autoregressive import MaskedAutoregressive
 from pyro_gen.transforms.bijections import Bijection, Compose, Flip, Inverse, Permute
 from pyro_gen.transforms.block_autoregressive import BlockAutoregressive
+from pyro_gen.transforms.continuous import ContinuousFlow
 from pyro_gen.transforms.coupling import Coupling
 from pyro_gen.transforms.elementwise import ElementwiseMap
 from pyro_gen.transforms.linear import ActNorm, LUMixing, Rotation
@@ -94,8 +95,6 @@ def stack(
             )
         return Compose([LUMixing(features), ActNorm(features)])
     if name == "continuous":
-        from pyro_gen.transforms.continuous import ContinuousFlow
-
         return ContinuousFlow(features, hidden, context_features)
     if name == "sylvester":
         parts: list[Bijection] = [Sylvester(features, context_features=context_features) for _ in range(count)]

@@ -263,7 +263,7 @@ def test_docstrings_begin_with_one_line_and_name_every_argument() -> None:
         if isinstance(thing, type) and (issubclass(thing, Exception) or "Attributes:" in doc):
             continue
         for parameter in inspect.signature(thing).parameters.values():
-            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.name == "self":
                 continue
             if "Args:" in doc and not re.search(rf"\b{parameter.name}\b", doc):
                 wrong.append(f"{name}: says nothing of {parameter.name}")
