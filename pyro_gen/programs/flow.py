@@ -230,6 +230,11 @@ class Flow(Exact):
         """
         if (context is None) != (self.context_shape is None):
             raise ValueError(context_error(self.context_shape))
+        if context is not None and self.context_shape is not None:
+            ndim = len(self.context_shape)
+            if context.shape[context.dim() - ndim :] != self.context_shape or context.dim() < ndim:
+                wanted = ", ".join(("*batch_shape", *map(str, self.context_shape)))
+                raise ValueError(f"context must have shape ({wanted}), got {tuple(context.shape)}")
         return self.model.distribution(context)
 
 
