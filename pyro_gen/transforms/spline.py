@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import constraints
-from torch.nn.functional import pad, softmax, softplus
+from torch.nn.functional import softplus
 
 from pyro_gen.checks import check_count, describe
 from pyro_gen.transforms.elementwise import ElementwiseMap
@@ -50,27 +50,32 @@ class _Box:
 
     def __init__(self, v: Tensor, params: Tensor, bins: int, bound: float, *, circular: bool, on_y: bool) -> None:
         batch = torch.broadcast_shapes(v.shape, params.shape[:-1])
-        params = params.expand(*batch, params.shape[-1])
-        raw_x, raw_y, raw_slopes = params.split([bins, bins, params.shape[-1] - 2 * bins], -1)
-        xs, ys = self._knots(raw_x, bound), self._knots(raw_y, bound)
-        slopes = softplus(_bounded(raw_slopes, SLOPE_BOUND) + SLOPE_AT_ZERO) + SMALLEST_SLOPE
-        slopes = torch.cat([slopes, slopes[..., :1]], -1) if circular else pad(slopes, (1, 1), value=1.0)
-        v = v.expand(batch).unsqueeze(-1)
+        params, v = params.expand(*batch, params.shape[-1]), v.expand(batch).unsqueeze(-1)
+        shares, slopes = params[..., : 2 * bins].unflatten(-1, (2, bins)), params[..., 2 * bins :]
+        inner = self._inner_knots(shares, bound)
         with torch.no_grad():
-            k = ((ys if on_y else xs)[..., 1:-1] <= v).sum(-1, keepdim=True)
-            pair = torch.cat([k, k + 1], -1)
-        self.left, self.right = xs.gather(-1, pair).unbind(-1)
-        self.bottom, self.top = ys.gather(-1, pair).unbind(-1)
-        self.slope, self.next_slope = slopes.gather(-1, pair).unbind(-1)
+            k = (inner[..., int(on_y), :] <= v).sum(-1, keepdim=True)
+            pair = torch.cat([k - 1, k], -1)
+            at = pair.clamp(0, bins - 2)
+            first, last = (k == 0).squeeze(-1), (k == bins - 1).squeeze(-1)
+        ends = inner.gather(-1, at.unsqueeze(-2).expand(*batch, 2, 2))
+        self.left, self.bottom = ends[..., 0].masked_fill(first.unsqueeze(-1), -bound).unbind(-1)
+        self.right, self.top = ends[..., 1].masked_fill(last.unsqueeze(-1), bound).unbind(-1)
+        slopes = slopes.gather(-1, (pair + 1) % bins if circular else at)
+        slopes = softplus(_bounded(slopes, SLOPE_BOUND) + SLOPE_AT_ZERO) + SMALLEST_SLOPE
+        self.slope, self.next_slope = slopes.unbind(-1)
+        if not circular:
+            self.slope, self.next_slope = self.slope.masked_fill(first, 1.0), self.next_slope.masked_fill(last, 1.0)
         self.width, self.height = self.right - self.left, self.top - self.bottom
         self.mean = self.height / self.width
 
     @staticmethod
-    def _knots(raw: Tensor, bound: float) -> Tensor:
+    def _inner_knots(raw: Tensor, bound: float) -> Tensor:
+        """All knots but the first and the last, by a softmax: bounded raw numbers need no largest one taken off."""
         bins = raw.shape[-1]
-        shares = softmax(_bounded(raw, LOGIT_BOUND), -1) * (1 - SMALLEST_BIN * bins) + SMALLEST_BIN
-        inner = shares[..., :-1].cumsum(-1) * (2 * bound) - bound
-        return pad(pad(inner, (1, 0), value=-bound), (0, 1), value=bound)
+        sums = _bounded(raw, LOGIT_BOUND).exp().cumsum(-1)
+        least = torch.arange(1, bins, dtype=raw.dtype, device=raw.device) * (2 * bound * SMALLEST_BIN) - bound
+        return sums[..., :-1] * (2 * bound * (1 - SMALLEST_BIN * bins) / sums[..., -1:]) + least
 
     def _at(self, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """(y - bottom) / height and log dy/dx at the place z = 1 - w of the bin; sums of positive terms throughout."""
