@@ -8,7 +8,7 @@ from pyro_gen.fitting import FitResult, fit, load
 from pyro_gen.handlers import log_density, log_prior, score
 from pyro_gen.inference_data import to_inference_data
 from pyro_gen.objectives import ELBO, IWAE, MaximumLikelihood
-from pyro_gen.programs import VAE, Flow
+from pyro_gen.programs import VAE, Autoregressive, Flow
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "ELBO",
     "IWAE",
     "VAE",
+    "Autoregressive",
     "Bounded",
     "Divergence",
     "Evidence",

@@ -20,7 +20,17 @@ from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import logsigmoid
 
-__all__ = ["DiscretizedLogistic"]
+__all__ = ["DiscretizedLogistic", "log_mass"]
+
+
+def log_mass(value: Tensor, loc: Tensor, scale: Tensor, levels: int) -> Tensor:
+    """Log mass of a level under Logistic(loc, scale) rounded to 0 … levels − 1; all four broadcast."""
+    above, below = (value + 0.5 - loc) / scale, (value - 0.5 - loc) / scale
+    first, last = value <= 0, value >= levels - 1
+    left = torch.where(last, torch.zeros_like(above), logsigmoid(above))
+    right = torch.where(first, torch.zeros_like(below), logsigmoid(-below))
+    width = torch.where(first | last, torch.zeros_like(above), torch.log(-torch.expm1(-1 / scale)))
+    return left + right + width
 
 
 class DiscretizedLogistic(TorchDistribution):
@@ -63,13 +73,7 @@ class DiscretizedLogistic(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        above = (value + 0.5 - self.loc) / self.scale
-        below = (value - 0.5 - self.loc) / self.scale
-        first, last = value <= 0, value >= self.levels - 1
-        left = torch.where(last, torch.zeros_like(above), logsigmoid(above))
-        right = torch.where(first, torch.zeros_like(below), logsigmoid(-below))
-        width = torch.where(first | last, torch.zeros_like(above), torch.log(-torch.expm1(-1 / self.scale)))
-        return left + right + width
+        return log_mass(value, self.loc, self.scale, self.levels)
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008

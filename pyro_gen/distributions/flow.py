@@ -4,8 +4,8 @@ With z of a known density p_Z and x = f⁻¹(z),
 
 .. math:: \log p_X(x) = \log p_Z(f(x)) + \log|\det \partial f/\partial x| ,
 
-so Z = 1 whatever the weights of f. torch's ``TransformedDistribution`` writes the same formula with two costs: it visits
-a transform once for the value and once for the determinant, and it remembers, by the identity of a tensor, answers
+so Z = 1 whatever the weights of f. torch has the same formula in ``TransformedDistribution``, at two costs: it visits a
+transform once for the value and once for the determinant, and it remembers, by the identity of a tensor, answers
 computed with weights that may have changed since. Here a bijection gives value and determinant in one pass, and
 
 - a distribution holds the weights of the moment it was made (`snapshot`), one drawn from a prior too;

@@ -1,8 +1,9 @@
-r"""Observation models p(x | z): from the numbers a decoder gives to a distribution over one datum.
+r"""Observation models: from the numbers that a network gives to a distribution over one value, or one datum.
 
-A likelihood says how many numbers a value needs (``maps``), what it does with them, and on what data it stands. The
+A likelihood says how many numbers a value needs (``maps``), what it does with them, and on what data it stands. A
 decoder's output of ``maps * event_shape`` numbers a row is read as ``(maps, *event_shape)``: the first block holds the
-locations or logits of all values, the second their scales, and so on, as images keep their channels.
+locations or logits of all values, the second their scales, and so on, as images keep their channels. A network that
+gives the numbers of one value after the other reads them off by :meth:`Likelihood.each`.
 """
 
 from __future__ import annotations
@@ -13,23 +14,30 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.nn.functional import softplus
 
+from pyro_gen.checks import check_count
 from pyro_gen.distributions.discretized import DiscretizedLogistic
+from pyro_gen.distributions.mixtures import MixtureOfDiscretizedLogistics, MixtureOfLogistics
 
 __all__ = ["Likelihood", "likelihood"]
 
 Scale = float | Literal["shared", "feature", "predicted"]
+LEAST_SCALE = 1e-3  # of a logistic in a mixture, in units of half the range: without it the likelihood has no maximum
+SOFTPLUS_ONE = 0.5413248546129181  # softplus of it is 1
 
 
 class Likelihood(nn.Module):
     """An observation model; ``forward(raw)`` takes ``(..., maps, *event_shape)`` to a distribution of that event.
 
     Attributes:
-        maps: numbers the decoder gives for each value.
+        maps: numbers the network gives for each value.
+        levels: number of levels of whole numbers 0 … levels − 1, or None.
         support: the constraint a value must meet; expects: the same in words.
     """
 
     maps: int = 1
+    levels: int | None = None
     support: Any = constraints.real
     expects: str = "real numbers"
 
@@ -38,14 +46,20 @@ class Likelihood(nn.Module):
         self.event_shape = event_shape
 
     def forward(self, raw: Tensor) -> Any:
+        return self.each(raw.movedim(-len(self.event_shape) - 1, -1)).to_event(len(self.event_shape))
+
+    def each(self, numbers: Tensor, index: int | None = None) -> Any:
+        """The distribution of single values, from ``(..., *event_shape, maps)``.
+
+        Args:
+            numbers: what the network gives, the numbers of one value last.
+            index: position of the one value (in the flattened event) that all ``numbers``, ``(..., maps)``, belong to.
+        """
         raise TypeError("Likelihood is abstract: use likelihood(name, event_shape)")
 
     def centre(self, x: Tensor) -> Tensor:
-        """Data brought to about [−1, 1] for the package's own encoders."""
-        return x
-
-    def _map(self, raw: Tensor, index: int) -> Tensor:
-        return raw.select(-len(self.event_shape) - 1, index)
+        """Data brought to about [−1, 1] for the package's own networks."""
+        return x if self.levels is None else 2 * x / (self.levels - 1) - 1
 
     def check(self, x: Tensor) -> None:
         """Raise a ``ValueError`` that names the first row with a value outside the support."""
@@ -65,14 +79,12 @@ class Likelihood(nn.Module):
 class Bernoulli(Likelihood):
     """Binary values; one logit each."""
 
+    levels = 2
     support = constraints.boolean
     expects = "0 or 1"
 
-    def forward(self, raw: Tensor) -> Any:
-        return dist.Bernoulli(logits=self._map(raw, 0)).to_event(len(self.event_shape))
-
-    def centre(self, x: Tensor) -> Tensor:
-        return 2 * x - 1
+    def each(self, numbers: Tensor, index: int | None = None) -> Any:
+        return dist.Bernoulli(logits=numbers.select(-1, 0))
 
 
 class Normal(Likelihood):
@@ -95,34 +107,28 @@ class Normal(Likelihood):
         elif scale != "predicted":
             raise ValueError(f"scale must be a positive number, 'shared', 'feature' or 'predicted', got {scale!r}")
 
-    def forward(self, raw: Tensor) -> Any:
-        loc = self._map(raw, 0)
+    def each(self, numbers: Tensor, index: int | None = None) -> Any:
+        loc = numbers.select(-1, 0)
         if self.scale == "predicted":
-            noise: Tensor = self._map(raw, 1).exp()
+            noise: Tensor = numbers.select(-1, 1).exp()
         elif self.scale in ("shared", "feature"):
             noise = self.log_scale.exp()
         else:
             noise = self.fixed_scale
-        return dist.Normal(loc, noise.expand(loc.shape)).to_event(len(self.event_shape))
+        if index is not None and self.scale == "feature":
+            noise = noise.flatten()[index]
+        return dist.Normal(loc, noise.expand(loc.shape))
 
     def check_training(self, x: Tensor) -> None:
         if self.scale not in ("shared", "feature", "predicted"):
             return
-        columns = x.reshape(x.shape[0], -1)
-        constant = (columns == columns[:1]).all(0).nonzero().flatten().tolist()
         if self.scale == "shared":
-            if len(constant) == columns.shape[1]:
+            if bool((x == x[:1]).all()):
                 raise ValueError(
                     "all rows of x are equal: with a learnt noise scale the likelihood has no maximum. Use scale=1.0"
                 )
             return
-        if constant:
-            shown = ", ".join(map(str, constant[:8])) + (", …" if len(constant) > 8 else "")
-            raise ValueError(
-                f"x is constant in column {shown} ({len(constant)} of {columns.shape[1]}): with a noise scale learnt "
-                "for each value the likelihood has no maximum there. Drop those columns, or use scale='shared', "
-                "a number, or a discrete likelihood"
-            )
+        refuse_constant(x, "use scale='shared', a number, or a discrete likelihood")
 
 
 class Categorical(Likelihood):
@@ -134,18 +140,15 @@ class Categorical(Likelihood):
         self.support = constraints.integer_interval(0, levels - 1)
         self.expects = f"whole numbers 0 … {levels - 1}"
 
-    def forward(self, raw: Tensor) -> Any:
-        logits = raw.movedim(-len(self.event_shape) - 1, -1)
-        return _FloatCategorical(logits=logits).to_event(len(self.event_shape))
-
-    def centre(self, x: Tensor) -> Tensor:
-        return 2 * x / (self.levels - 1) - 1
+    def each(self, numbers: Tensor, index: int | None = None) -> Any:
+        return _FloatCategorical(logits=numbers)
 
 
 class Logistic(Likelihood):
     """Ordered levels 0 … levels − 1: a logistic binned to whole numbers, its location and scale from the decoder."""
 
     maps = 2
+    levels: int
 
     def __init__(self, event_shape: torch.Size, levels: int) -> None:
         super().__init__(event_shape)
@@ -153,13 +156,69 @@ class Logistic(Likelihood):
         self.support = constraints.integer_interval(0, levels - 1)
         self.expects = f"whole numbers 0 … {levels - 1}"
 
-    def forward(self, raw: Tensor) -> Any:
+    def each(self, numbers: Tensor, index: int | None = None) -> Any:
         half = (self.levels - 1) / 2
-        loc, scale = half * (1 + self._map(raw, 0)), half / 4 * self._map(raw, 1).exp()
-        return DiscretizedLogistic(loc, scale, self.levels).to_event(len(self.event_shape))
+        loc, scale = half * (1 + numbers.select(-1, 0)), half / 4 * numbers.select(-1, 1).exp()
+        return DiscretizedLogistic(loc, scale, self.levels)
 
-    def centre(self, x: Tensor) -> Tensor:
-        return 2 * x / (self.levels - 1) - 1
+
+class Logistics(Likelihood):
+    """Real values of size about 1, each from a mixture of logistics: its logits, locations and scales.
+
+    Components start side by side. A scale is a softplus, linear far out so that no gradient runs away, above a least
+    one, so that the likelihood has a maximum on data with repeated values.
+    """
+
+    centres: Tensor
+
+    def __init__(self, event_shape: torch.Size, components: int) -> None:
+        super().__init__(event_shape)
+        self.components, self.maps = components, 3 * components
+        start = torch.linspace(-1, 1, components) if components > 1 else torch.zeros(1)
+        self.register_buffer("centres", start, persistent=False)
+
+    def each(self, numbers: Tensor, index: int | None = None) -> Any:
+        return MixtureOfLogistics(*self._components(numbers))
+
+    def _components(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, loc, width = numbers.unflatten(-1, (3, self.components)).unbind(-2)
+        scale = 2 / (self.components + 3) * softplus(width + SOFTPLUS_ONE) + LEAST_SCALE
+        return logits, loc + self.centres, scale
+
+    def check_training(self, x: Tensor) -> None:
+        refuse_constant(x, "use a discrete likelihood")
+
+
+class DiscretizedLogistics(Logistics):
+    """Ordered levels 0 … levels − 1: a mixture of logistics binned to whole numbers."""
+
+    levels: int
+
+    def __init__(self, event_shape: torch.Size, levels: int, components: int) -> None:
+        super().__init__(event_shape, components)
+        self.levels = levels
+        self.support = constraints.integer_interval(0, levels - 1)
+        self.expects = f"whole numbers 0 … {levels - 1}"
+
+    def each(self, numbers: Tensor, index: int | None = None) -> Any:
+        logits, loc, scale = self._components(numbers)
+        half = (self.levels - 1) / 2
+        return MixtureOfDiscretizedLogistics(logits, half * (1 + loc), half * scale, self.levels)
+
+    def check_training(self, x: Tensor) -> None:
+        """A mass is at most 1: the likelihood has a maximum on any data."""
+
+
+def refuse_constant(x: Tensor, instead: str) -> None:
+    """Raise a ``ValueError`` that names the columns of x in which all rows are equal."""
+    columns = x.reshape(x.shape[0], -1)
+    constant = (columns == columns[:1]).all(0).nonzero().flatten().tolist()
+    if constant:
+        shown = ", ".join(map(str, constant[:8])) + (", …" if len(constant) > 8 else "")
+        raise ValueError(
+            f"x is constant in column {shown} ({len(constant)} of {columns.shape[1]}): with a noise scale learnt "
+            f"for each value the likelihood has no maximum there. Drop those columns, or {instead}"
+        )
 
 
 class _FloatCategorical(dist.Categorical):
@@ -184,19 +243,28 @@ LIKELIHOODS: dict[str, type[Any]] = {
     "normal": Normal,
     "categorical": Categorical,
     "discretized_logistic": Logistic,
+    "mixture_of_logistics": Logistics,
 }
 
 
 def likelihood(
-    name: str, event_shape: torch.Size, *, scale: Scale | None = None, levels: int | None = None
+    name: str,
+    event_shape: torch.Size,
+    *,
+    scale: Scale | None = None,
+    levels: int | None = None,
+    components: int | None = None,
 ) -> Likelihood:
     """The likelihood of a name.
 
     Args:
-        name: ``"bernoulli"``, ``"normal"``, ``"categorical"`` or ``"discretized_logistic"``.
+        name: ``"bernoulli"``, ``"normal"``, ``"categorical"``, ``"discretized_logistic"`` or
+            ``"mixture_of_logistics"``.
         event_shape: shape of one datum.
         scale: noise sd of ``"normal"``: a number, ``"shared"``, ``"feature"`` (default) or ``"predicted"``.
-        levels: number of levels of the two discrete ones; required there.
+        levels: number of levels of ``"categorical"`` and ``"discretized_logistic"``; required there.
+        components: size of the mixture of ``"mixture_of_logistics"`` (default 5); given to ``"discretized_logistic"``
+            it makes that a mixture too.
 
     Raises:
         ValueError: for an unknown name, or options that the likelihood does not have or lacks.
@@ -205,12 +273,22 @@ def likelihood(
         raise ValueError(f"likelihood must be one of {', '.join(map(repr, LIKELIHOODS))}, or a callable; got {name!r}")
     if scale is not None and name != "normal":
         raise ValueError(f"scale= belongs to likelihood='normal', not to {name!r}")
+    if components is not None:
+        check_count(components, "components")
+        if name not in ("discretized_logistic", "mixture_of_logistics"):
+            raise ValueError(
+                f"components= belongs to 'mixture_of_logistics' and 'discretized_logistic', not to likelihood={name!r}"
+            )
     if name in ("categorical", "discretized_logistic"):
         if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
             raise ValueError(
                 f"likelihood={name!r} needs levels=, an int of at least 2 (17 for data 0 … 16), got {levels!r}"
             )
+        if components is not None:
+            return DiscretizedLogistics(event_shape, levels, components)
         return (Categorical if name == "categorical" else Logistic)(event_shape, levels)
     if levels is not None:
         raise ValueError(f"levels= belongs to 'categorical' and 'discretized_logistic', not to likelihood={name!r}")
+    if name == "mixture_of_logistics":
+        return Logistics(event_shape, 5 if components is None else components)
     return Normal(event_shape, "feature" if scale is None else scale) if name == "normal" else Bernoulli(event_shape)

@@ -9,6 +9,9 @@ they see the context alone, and give the first block its non-linear dependence o
 As the degrees are sorted, each mask is a staircase: what a degree needs from the layer below is a leading slice. A
 sequence :math:`x_0, x_1, …` in which each entry is computed from the output block of the ones before therefore needs
 every unit once (:meth:`MaskedMLP.unroll`), the work of one pass, where D passes of the network are the usual way.
+
+The inputs may come in another order than they are stored in: weights stay with their inputs and outputs, and the masks
+of the first and the last layer are permuted, so one set of weights serves any number of orders.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +37,8 @@ class _MaskedLinear(nn.Linear):
         super().__init__(mask.shape[1], mask.shape[0])
         self.register_buffer("mask", mask, persistent=False)  # follows from the sizes
 
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight * self.mask, self.bias)
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        return linear(input, self.weight * (self.mask if mask is None else mask), self.bias)
 
 
 class MaskedMLP(nn.Module):
@@ -49,6 +53,9 @@ class MaskedMLP(nn.Module):
         activation: elementwise function between the layers.
 
     Shapes: ``(..., D * inputs)``, feature by feature, and a context ``(..., context_features)`` to ``(..., D, P)``.
+
+    An ``order``, a permutation of 0 … D − 1 as a tensor of whole numbers, says which feature comes first, second, …;
+    "before" is then meant in that order, while inputs and outputs stay where they are.
 
     References:
         M. Germain et al., "MADE: Masked autoencoder for distribution estimation", 2015, arXiv:1502.03509, eqs. 8, 9.
@@ -95,30 +102,57 @@ class MaskedMLP(nn.Module):
         first = layers[0].out_features
         self.context = nn.Linear(context_features, first, bias=False) if context_features else None
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.layers[0](x)
+    def forward(self, x: Tensor, context: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+        layers = cast(list[_MaskedLinear], list(self.layers))
+        masks = [layer.mask for layer in layers]
+        if order is not None:
+            rank = order.argsort()
+            masks[0] = self._columns(masks[0], rank)
+            masks[-1] = self._rows(masks[-1], rank)
+        h = layers[0](x, masks[0])
         if self.context is not None and context is not None:
             h = h + self.context(context)
-        for layer in self.layers[1:]:
-            h = layer(self.activation(h))
+        for layer, mask in zip(layers[1:], masks[1:], strict=True):
+            h = layer(self.activation(h), mask)
         result: Tensor = h.unflatten(-1, (self.features, self.outputs))
         return result
 
-    def unroll(self, step: Callable[[int, Tensor], Tensor], rows: int, context: Tensor | None = None) -> None:
+    def _columns(self, matrix: Tensor, index: Tensor) -> Tensor:
+        """The columns of a first layer, feature by feature."""
+        taken: Tensor = matrix.unflatten(1, (self.features, self.inputs)).index_select(1, index)
+        return taken.flatten(1)
+
+    def _rows(self, matrix: Tensor, index: Tensor) -> Tensor:
+        """The rows of a last layer (or its bias), feature by feature."""
+        taken: Tensor = matrix.unflatten(0, (self.features, self.outputs)).index_select(0, index)
+        return taken.flatten(0, 1)
+
+    def unroll(
+        self,
+        step: Callable[[int, Tensor], Tensor],
+        rows: int,
+        context: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> None:
         """Run the network once over inputs that come to be known one by one.
 
         ``step(i, block)`` is called for i = 0, …, D − 1 with output block i, ``(rows, P)``, and returns input i,
-        ``(rows, inputs)``. Only weights inside the staircase are touched, every hidden unit is computed once, and
-        nothing is written in place: gradients of any order flow through.
+        ``(rows, inputs)``; under an ``order``, with the block of feature ``order[i]``, and returns that feature. Only
+        weights inside the staircase are touched, every hidden unit is computed once, and nothing is written in place:
+        gradients of any order flow through.
 
         Args:
             step: gives the next input.
             rows: number of rows.
             context: ``(rows, context_features)``.
+            order: permutation in which the features come; None as they are stored.
         """
         layers = [(layer.weight, layer.bias.unsqueeze(1)) for layer in self.layers if isinstance(layer, nn.Linear)]
         if self.context is not None and context is not None:
             layers[0] = layers[0][0], layers[0][1] + self.context.weight @ context.mT
+        if order is not None:
+            layers[0] = self._columns(layers[0][0], order), layers[0][1]
+            layers[-1] = self._rows(layers[-1][0], order), self._rows(layers[-1][1], order)
         known: list[Tensor | None] = [None for _ in layers]  # units below each layer that are known, (count, rows)
 
         def apply(depth: int, start: int, stop: int) -> Tensor:

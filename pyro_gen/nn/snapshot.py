@@ -1,10 +1,10 @@
 r"""A module with the weights it has now: what a distribution that is used later has to hold on to.
 
-A distribution made from a network is scored after the program that made it has ended: by then a weight that was drawn
-from a prior, or put in place by ``torch.func.functional_call``, is gone from the module, and another one, or none, would
-be read. A snapshot is a copy of the module tree, not of its tensors: each weight is read once, now (a ``PyroSample`` is
-drawn, a ``PyroParam`` constrained), and kept as the tensor it is, with its gradient. So an optimizer's update in place is
-seen, as everywhere in torch, while a substituted or drawn weight stays what it was.
+A distribution made from a network is scored after the program that made it has ended. By then a weight that was drawn
+from a prior, or put in place by ``torch.func.functional_call``, is gone from the module; another one, or none, would be
+read. A snapshot is a copy of the module tree, not of its tensors: each weight is read once, now (a ``PyroSample`` is
+drawn, a ``PyroParam`` constrained), and kept as the tensor it is, with its gradient. So an optimizer's update in place
+is seen, as everywhere in torch, while a substituted or drawn weight stays what it was.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Families of generative models, one a file."""
 
+from pyro_gen.programs.autoregressive import Autoregressive
 from pyro_gen.programs.flow import Flow
 from pyro_gen.programs.vae import VAE
 
-__all__ = ["VAE", "Flow"]
+__all__ = ["VAE", "Autoregressive", "Flow"]

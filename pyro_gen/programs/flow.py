@@ -85,8 +85,8 @@ class Flow(Exact):
 
     Args:
         event_shape: shape of one datum, an int or a tuple; events of a higher rank are taken in raster order.
-        transform: ``"spline_autoregressive"`` (NSF-AR), ``"spline_coupling"`` (NSF-C), ``"affine_autoregressive"`` (MAF;
-            IAF for ``direction="sampling"``), ``"affine_coupling"`` (RealNVP), ``"additive_coupling"`` (NICE),
+        transform: ``"spline_autoregressive"`` (NSF-AR), ``"spline_coupling"`` (NSF-C), ``"affine_autoregressive"``
+            (MAF; IAF for ``direction="sampling"``), ``"affine_coupling"`` (RealNVP), ``"additive_coupling"`` (NICE),
             ``"circular_autoregressive"`` or ``"circular_coupling"`` (angles in [−π, π]), ``"linear"`` (a Gaussian),
             ``"sylvester"``, ``"block_autoregressive"`` (BNAF), ``"continuous"`` (FFJORD); or a `Bijection` from data to
             noise.
@@ -170,21 +170,21 @@ class Flow(Exact):
             None if context is None else tuple(context),
         )
         if isinstance(name, str) and isinstance(base, str):
-            self.config = dict(
-                event_shape=list(event),
-                transform=name,
-                layers=layers,
-                hidden=list(hidden),
-                context_shape=None if context is None else list(context),
-                direction=direction,
-                base=base,
-                support=support if isinstance(support, str) else [_listed(end) for end in support],
-                standardise=standardise,
-                mixing=mixing,
-                bins=bins,
-                bound=bound,
-                components=components,
-            )
+            self.config = {
+                "event_shape": list(event),
+                "transform": name,
+                "layers": layers,
+                "hidden": list(hidden),
+                "context_shape": None if context is None else list(context),
+                "direction": direction,
+                "base": base,
+                "support": support if isinstance(support, str) else [_listed(end) for end in support],
+                "standardise": standardise,
+                "mixing": mixing,
+                "bins": bins,
+                "bound": bound,
+                "components": components,
+            }
 
     def check(self, x: Any, context: Any = None) -> tuple[Tensor, ...]:
         batch = super().check(x, context)

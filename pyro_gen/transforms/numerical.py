@@ -165,6 +165,7 @@ class Triangular(Bijection):
     Args:
         features: size D of the vectors.
         context_features: size of the context, 0 for none.
+        out_features: as ``features``: a triangular map keeps the size.
 
     Example:
         >>> from pyro_gen.transforms.numerical import Triangular

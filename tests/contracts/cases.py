@@ -201,6 +201,12 @@ SHARED = ("elbo", "elbo loop", "iwae loop")  # where latents belong to all rows 
 TINY: dict[str, Any] = {"layers": 2, "hidden": (6,)}
 EXACT = ("likelihood", "elbo", "iwae")
 LIKELIHOOD = ("likelihood",)  # the others are the same number
+
+
+def made(event_shape: int, likelihood: str = "bernoulli", **options: Any) -> Program:
+    return pg.Autoregressive(event_shape, likelihood, (6,), **options)
+
+
 CASES = [
     Case("vae", lambda: pg.VAE(3, **SMALL), real(3), objectives=ALL),
     Case("vae shared scale", lambda: pg.VAE(3, scale="shared", **SMALL), real(3)),
@@ -246,6 +252,32 @@ CASES = [
         "flow simplex", lambda: pg.Flow(3, support="simplex", **TINY), simplex(3), objectives=LIKELIHOOD, scoreless=True
     ),
     Case("flow torus", lambda: pg.Flow(2, "circular_coupling", **TINY), unit(2), objectives=LIKELIHOOD),
+    Case("autoregressive", lambda: pg.Autoregressive(4, hidden=(6,)), binary(4), objectives=EXACT, scoreless=True),
+    Case(
+        "autoregressive levels",
+        lambda: made(2, "categorical", levels=5),
+        levels(5, 2),
+        objectives=LIKELIHOOD,
+        scoreless=True,
+    ),
+    Case(
+        "autoregressive bins",
+        lambda: made(2, "discretized_logistic", levels=5),
+        levels(5, 2),
+        objectives=LIKELIHOOD,
+        scoreless=True,
+    ),
+    Case("autoregressive logistics", lambda: made(3, "mixture_of_logistics"), real(3), objectives=LIKELIHOOD),
+    Case("autoregressive normal", lambda: made(3, "normal"), real(3), objectives=LIKELIHOOD),
+    Case("autoregressive orders", lambda: made(4, orders=3), binary(4), objectives=LIKELIHOOD, scoreless=True),
+    Case(
+        "autoregressive context",
+        lambda: made(3, context_shape=2),
+        binary(3),
+        real(2),
+        objectives=LIKELIHOOD,
+        scoreless=True,
+    ),
     Case("exact", lambda: pg.Exact(LinearGaussian(), 3), real(3), objectives=EXACT),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def stirred(flow: pg.Flow, spread: float = 0.3) -> pg.Flow:
     return flow
 
 
-# -------------------------------------------------------------------------------------------------- Z = 1, in user's units
+# -------------------------------------------------------------------------------------------- Z = 1, in user's units --
 def unit_square(points: int) -> tuple[Tensor, float]:
     """Midpoints of the cells of [0, 1]², and the area of a cell."""
     t = (torch.arange(points, dtype=torch.double) + 0.5) / points
@@ -163,7 +164,7 @@ def test_a_conditional_flow_learns_the_conditional() -> None:
     assert float((truth - flow.log_prob(x[3000:], -c[3000:]).detach()).mean()) > 0.5
 
 
-# --------------------------------------------------------------------------------------------------------- with the grain
+# ---------------------------------------------------------------------------------------------------- with the grain --
 def test_training_against_the_grain_is_said() -> None:
     flow, x = pg.Flow(3, direction="sampling", **SMALL), torch.randn(4, 3)
     with pytest.warns(UserWarning, match="direction='density'"):
@@ -194,7 +195,7 @@ def test_training_against_the_grain_is_said() -> None:
     pg.ELBO()(model, guide)(x)
 
 
-# ------------------------------------------------------------------------------------------------------------ what it says
+# ------------------------------------------------------------------------------------------------------ what it says --
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "transform": (lambda: pg.Flow(2, "nsf"), "transform must be a Bijection or one of spline_autoregressive, "),
     "no dimension": (lambda: pg.Flow(()), "at least one dimension"),
@@ -242,9 +243,8 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named(name: str) -> None:
     call, words = BAD[name]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(words)):
         call()
-    assert words in str(caught.value)
 
 
 def test_wrong_types_are_named() -> None:
@@ -256,7 +256,7 @@ def test_wrong_types_are_named() -> None:
         pg.Flow(2).log_prob(torch.ones(3, 2).double())
 
 
-# -------------------------------------------------------------------------------------------------------- saved and loaded
+# -------------------------------------------------------------------------------------------------- saved and loaded --
 @pytest.mark.parametrize(
     "options",
     [
