@@ -79,11 +79,11 @@ class _Box:
 
     def _at(self, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """(y - bottom) / height and log dy/dx at the place z = 1 - w of the bin; sums of positive terms throughout."""
-        zz, zw, ww = self.mean * z * z, z * w, self.mean * w * w
-        below = zz + self.slope * zw
-        whole = below + self.next_slope * zw + ww
-        slope = self.mean * (self.next_slope * z * z + 2 * self.mean * zw + self.slope * w * w)
-        return below / whole, (self.mean * slope / (whole * whole)).log()
+        zz, zw, ww = z * z, z * w, w * w
+        whole = (self.slope + self.next_slope) * zw + self.mean * (zz + ww)
+        share = (self.mean * zz + self.slope * zw) / whole
+        ratio = self.mean / whole
+        return share, ((self.next_slope * zz + 2 * self.mean * zw + self.slope * ww) * ratio * ratio).log()
 
     def up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         share, ladj = self._at((x - self.left) / self.width, (self.right - x) / self.width)
@@ -92,13 +92,13 @@ class _Box:
     def down(self, y: Tensor) -> tuple[Tensor, Tensor]:
         t, u = y - self.bottom, self.top - y
         b = self.slope * u - self.next_slope * t
-        root = (b * b + 4 * self.mean * self.mean * t * u).sqrt()
-        rising = b >= 0
-        size = torch.where(rising, b, -b) + root
         under, over = 2 * self.mean * t, 2 * self.mean * u
-        z = torch.where(rising, under / (size + under), size / (size + over))
-        w = torch.where(rising, size / (size + under), over / (size + over))
-        _, ladj = self._at(z, w)
+        size = b.abs() + (b * b + under * over).sqrt()
+        rising = b >= 0
+        first, second = torch.where(rising, under, size), torch.where(rising, size, over)
+        both = first + second
+        z = first / both
+        _, ladj = self._at(z, second / both)
         return self.left + self.width * z, -ladj
 
 

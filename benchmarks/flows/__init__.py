@@ -1,0 +1,1 @@
+"""Flows against their peers: targets, and one worker process per library."""
