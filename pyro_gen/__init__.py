@@ -5,6 +5,7 @@ from pyro_gen.base import Bounded, Divergence, Evidence, Exact, Implicit, Unnorm
 from pyro_gen.comparison import compare, to_elpd
 from pyro_gen.evidence import ImportanceSampling, log_evidence
 from pyro_gen.fitting import FitResult, fit, load
+from pyro_gen.guides import AmortizedFlow, NeuTra
 from pyro_gen.handlers import log_density, log_prior, score
 from pyro_gen.inference_data import to_inference_data
 from pyro_gen.objectives import ELBO, IWAE, MaximumLikelihood
@@ -16,6 +17,7 @@ __all__ = [
     "ELBO",
     "IWAE",
     "VAE",
+    "AmortizedFlow",
     "Autoregressive",
     "Bounded",
     "Divergence",
@@ -26,6 +28,7 @@ __all__ = [
     "Implicit",
     "ImportanceSampling",
     "MaximumLikelihood",
+    "NeuTra",
     "Unnormalized",
     "compare",
     "datasets",

@@ -322,7 +322,7 @@ K = TypeVar("K", bound=Program, contravariant=True)
 
 
 @effectful(type="param")  # type: ignore[untyped-decorator, unused-ignore]
-def _emit(value: Tensor, name: str | None = None) -> Tensor:
+def _emit(value: Tensor, name: str | None = None, constraint: Any = None) -> Tensor:
     return value
 
 
@@ -336,7 +336,7 @@ def announce(prefix: str, module: nn.Module) -> None:
         if parameter.requires_grad:
             view = parameter.view_as(parameter)
             view.unconstrained = lambda p=parameter: p  # type: ignore[attr-defined]
-            _emit(view, name=f"{prefix}.{name}")
+            _emit(view, name=f"{prefix}.{name}", constraint=constraints.real)
 
 
 class ObjectiveModule(ELBOModule):
@@ -634,7 +634,7 @@ class Evidence:
         )
 
     def bits_per_dimension(self, dims: int) -> Evidence:
-        r"""The code length :math:`-\log_2 p(x) / D` of whole numbers, errors and all; a lower bound becomes an upper one.
+        r"""The code length :math:`-\log_2 p(x) / D` of whole numbers, with its errors; lower bounds become upper.
 
         Args:
             dims: number D of values in a datum.

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from pyro_gen.cli.errors import BAD_INPUT, DIVERGED, INTERRUPTED, BadInput, deliberate, describe, one_line
 from pyro_gen.cli.evaluating import evaluate
+from pyro_gen.cli.families import FAMILIES, named
 from pyro_gen.cli.sampling import sample
-from pyro_gen.cli.training import fit
+from pyro_gen.cli.training import command
 
 __all__ = ["app", "main"]
 
@@ -33,6 +34,9 @@ EPILOG = """[bold]Begin here[/bold]
 
 
 class _Commands(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: name != "fit")  # where one begins
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -58,6 +62,45 @@ class _Commands(TyperGroup):
         if not standalone_mode:
             return status
         sys.exit(status if isinstance(status, int) else 0)
+
+
+class _Families(TyperGroup):
+    """``pyro-gen fit``: a command a family."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            raise BadInput(f"FAMILY is missing before {args[0]}: pyro-gen fit FAMILY, {_choice()}; {_HINT}")
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in FAMILIES:
+            raise BadInput(f"FAMILY must be {_choice()}, got {args[0]!r}; {_HINT}")
+        return super().resolve_command(ctx, args)
+
+
+class _Family(TyperCommand):
+    """One family: an option that is another's is said to be so."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _ParserError as error:
+            option = getattr(error, "option_name", None)
+            having = [name for name, other in _commands.items() if _offers(other, option)]
+            if not having or self.name in having:  # unknown, or known and without its value
+                raise
+            raise BadInput(f"{option} is no option of {self.name}, but of {named(having)}: leave it out") from error
+
+
+_HINT = "see pyro-gen fit --help"
+
+
+def _choice() -> str:
+    return named(list(FAMILIES))
+
+
+def _offers(function: Any, option: str | None) -> bool:
+    return option is not None and option[2:].replace("-", "_") in inspect.signature(function).parameters
 
 
 def _report(error: Exception) -> int:
@@ -114,11 +157,47 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _command in (fit, sample, evaluate):
-    # lines of a docstring are no lines of the help, which is as wide as the terminal
-    app.command(_command.__name__, help=re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_command.__doc__ or "")))(
-        _command
-    )
+def _flowing(text: str | None) -> str:
+    """Lines of a docstring are no lines of the help, which is as wide as the terminal."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(text or ""))
+
+
+_fit = typer.Typer(
+    cls=_Families,
+    rich_markup_mode="rich",
+    epilog="""[cyan]pyro-gen fit FAMILY --help[/cyan] shows the options of a family.""",
+)
+
+
+@_fit.callback(invoke_without_command=True)
+def _fit_alone(context: typer.Context) -> None:
+    """Fit a generative model to data, and keep the run in a folder.
+
+    A model is p(x) = f(x) / Z, with Z = ∫ f(x) dx. Families differ in what they do about Z.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+_commands = {name: command(family) for name, family in FAMILIES.items()}
+for _name, _function in _commands.items():
+    _fit.command(
+        _name,
+        cls=_Family,
+        help=_flowing(_function.__doc__),
+        short_help=FAMILIES[_name].about,
+        rich_help_panel="Families",
+    )(_function)
+app.add_typer(
+    _fit,
+    name="fit",
+    help=_flowing(_fit_alone.__doc__),
+    short_help="Fit a generative model to data.",
+    options_metavar="FAMILY",
+    subcommand_metavar="[OPTIONS]",
+)
+for _command in (sample, evaluate):
+    app.command(_command.__name__, help=_flowing(_command.__doc__))(_command)
 
 
 def main() -> None:

@@ -11,16 +11,17 @@ __all__ = ["BAD_INPUT", "DIVERGED", "INTERRUPTED", "BadInput", "about", "deliber
 
 BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
 
-# Arguments of the Python functions that the command line has as options of another name, or without a value.
+# Arguments of the Python functions that the command line has as options, and two that it calls otherwise.
+SAME = (
+    "average base batch_size bins bound checkpoint_every clip_norm compile components delimiter device direction "
+    "epochs gradient guide header hidden latent_dim layers levels likelihood lr orders patience prior scale schedule "
+    "seed steps support transform validate_every validation"
+)
 OPTIONS = {
-    "num_particles": "particles", "num_samples": "importance-samples", "average": "average", "batch_size": "batch-size",
-    "checkpoint_every": "checkpoint-every", "clip_norm": "clip-norm", "compile": "compile", "components": "components",
-    "delimiter": "delimiter", "device": "device", "epochs": "epochs", "gradient": "gradient", "guide": "guide",
-    "header": "header", "hidden": "hidden", "latent_dim": "latent-dim", "levels": "levels",
-    "likelihood": "likelihood", "lr": "lr", "patience": "patience", "prior": "prior", "scale": "scale",
-    "schedule": "schedule", "seed": "seed", "steps": "steps", "validate_every": "validate-every",
-    "validation": "validation",
-}  # fmt: skip
+    "num_particles": "particles",
+    "num_samples": "importance-samples",
+    **{name: name.replace("_", "-") for name in SAME.split()},
+}
 
 
 class BadInput(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +13,14 @@ import typer
 
 from pyro_gen.cli.building import evidence_method
 from pyro_gen.cli.errors import BadInput, about
+from pyro_gen.cli.families import family_of
 from pyro_gen.cli.runs import Run
-from pyro_gen.cli.sources import Data, read_data, read_file
+from pyro_gen.cli.sources import Data, is_dequantized, is_whole, read_data, read_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pyro_gen.base import Evidence, Program
+    from pyro_gen.base import Evidence, EvidenceMethod, Program
     from pyro_gen.fitting import FitResult
 
 __all__ = ["evaluate", "report"]
@@ -38,7 +39,10 @@ def evaluate(
         str | None, typer.Option(help="Between the cells of a .csv file.", show_default="comma")
     ] = None,
     importance_samples: Annotated[
-        int | None, typer.Option(metavar="K", help="Draws of the guide for each row.", show_default="as in the run")
+        int | None,
+        typer.Option(
+            metavar="K", help="Draws of the guide for each row, where there is one.", show_default="as in the run"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto takes CUDA where there is one.")] = "auto",
@@ -48,11 +52,19 @@ def evaluate(
 
     [bold]=[/bold] exact, [bold]≈[/bold] estimate, [bold]≥[/bold] lower bound: with a k̂ above 0.7 some row's weights
     have too heavy a tail for an estimate. The first error is that of the draws, the second that of having no more rows.
+    Whole numbers, dequantised ones too, have bits per dimension beside it, −log₂ p(x) / D. A run that was fitted with
+    --dequantize adds that noise to whole numbers of other data as well.
     """
-    from pyro_gen import ImportanceSampling
-
     run = Run(folder)
     run.read("RUN")
+    family = family_of(run.options)
+    if importance_samples is not None:
+        if "importance_samples" not in run.options:
+            raise BadInput(
+                f"--importance-samples has no use here: log p(x) of {run.options['family']} is exact, with nothing to "
+                "draw: leave it out"
+            )
+        family = replace(family, importance_samples=importance_samples)  # type: ignore[call-arg]
     result = run.result()
     if data is None:
         if header or delimiter is not None:
@@ -64,14 +76,17 @@ def evaluate(
     elif data == "digits":
         batch, named = _digits_test(run), "test rows of digits"
     else:
-        batch, named = read_file({"data": data, "header": header, "delimiter": delimiter}), f"rows of {_short(data)}"
-    count = run.options["importance_samples"] if importance_samples is None else importance_samples
+        named = f"rows of {_short(data)}"
+        file = {**run.options, "data": data, "header": header, "delimiter": delimiter, "dequantize": False}
+        batch = read_file(file)
+        if is_dequantized(run.options) and is_whole(batch[0]):
+            batch = read_file({**file, "dequantize": True})
     from pyro_gen.fitting.arguments import named_device
 
     program = result.program.to(named_device(device))
     with about("--data" if data is not None else "RUN"):
         program.check(*(part.to(program.template().device) for part in batch))
-    measured = measure(program, batch, ImportanceSampling(count, seed=seed))
+    measured = measure(program, batch, family.evidence(seed), dequantized=is_dequantized(run.options))
     if as_json:
         typer.echo(json.dumps({"run": str(folder), "rows_of": named, **measured.facts()}, indent=2))
     else:
@@ -86,11 +101,17 @@ def _digits_test(run: Run) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Measured:
-    """An evidence, how it was had, and the seconds it took."""
+    """An evidence, how it was had, and the seconds it took.
+
+    ``dims`` is the number of values in a row where they are whole numbers, so that bits are their unit too; None where
+    x is real. ``dequantized`` says that uniform noise was added to them.
+    """
 
     evidence: Evidence
     method: str
     seconds: float
+    dims: int | None = None
+    dequantized: bool = False
 
     def tail(self) -> tuple[int, float, float] | None:
         """How many k̂ are above the limit; the median; the worst."""
@@ -99,13 +120,23 @@ class Measured:
         k = self.evidence.pareto_k
         return None if k is None else (int((k > PARETO_K_LIMIT).sum()), float(k.median()), float(k.max()))
 
+    def bits(self) -> Evidence | None:
+        """Bits per dimension, their mean over rows."""
+        return None if self.dims is None else self.evidence.mean().bits_per_dimension(self.dims)
+
     def sentence(self, rows_of: str) -> str:
-        """Two lines: the evidence with its sign and errors, and what k̂ says."""
-        from pyro_gen.base import PARETO_K_LIMIT
+        """The evidence with its sign and errors; what k̂ says, where weights have one."""
+        from pyro_gen.base import PARETO_K_LIMIT, SIGNS
 
         mean, rows = self.evidence.mean(), len(self.evidence)
-        kind = {"exact": "exact", "estimate": "an estimate", "lower bound": "a lower bound"}.get(mean.kind, mean.kind)
-        first = f"log p(x) {mean} nats per datum: {kind} for {rows} {rows_of}, by {self.method}"
+        kind = {"estimate": "an estimate", "lower bound": "a lower bound"}.get(mean.kind, mean.kind)
+        bits = self.bits()
+        nats = f"{mean} nats per datum"
+        if bits is not None:
+            nats += f", {SIGNS[bits.kind]} {float(bits.value):.3f} bits per dimension"
+        noise = " + U[0, 1)" if self.dequantized else ""
+        how = "" if mean.kind == "exact" else f", by {self.method}"
+        first = f"log p(x) {nats}: {kind} for {rows} {rows_of}{noise}{how}"
         if (tail := self.tail()) is None:
             return first
         above, median, worst = tail
@@ -113,16 +144,12 @@ class Measured:
 
     def facts(self) -> dict[str, Any]:
         """What is measured, for JSON."""
-        mean, size, tail = self.evidence.mean(), self.evidence.effective_sample_size, self.tail()
+        size, tail, bits = self.evidence.effective_sample_size, self.tail(), self.bits()
         return {
             "rows": len(self.evidence),
-            "log_evidence": {
-                "mean": _finite(mean.value),
-                "kind": mean.kind,
-                "standard_error": _finite(mean.standard_error),
-                "sampling_error": _finite(mean.sampling_error),
-                "unit": "nats per datum",
-            },
+            "dequantized": self.dequantized,
+            "log_evidence": {**_facts_of(self.evidence.mean()), "unit": "nats per datum"},
+            "bits_per_dimension": None if bits is None else {**_facts_of(bits), "dimensions": self.dims},
             "pareto_k": None
             if tail is None
             else {"above_0.7": tail[0], "median": _finite(tail[1]), "max": _finite(tail[2])},
@@ -134,14 +161,46 @@ class Measured:
         }
 
 
-def measure(program: Program, batch: tuple[Tensor, ...], method: Any) -> Measured:
-    """The evidence of each row of a batch, on the device of the program."""
+def _facts_of(mean: Evidence) -> dict[str, Any]:
+    return {
+        "mean": _finite(mean.value),
+        "kind": mean.kind,
+        "standard_error": _finite(mean.standard_error),
+        "sampling_error": _finite(mean.sampling_error),
+    }
+
+
+def measure(
+    program: Program, batch: tuple[Tensor, ...], method: EvidenceMethod | None, *, dequantized: bool
+) -> Measured:
+    """The evidence of each row of a batch, on the device of the program; ``method`` None where it is exact."""
     from pyro_gen import log_evidence
+    from pyro_gen.base import Exact
+    from pyro_gen.evidence.methods import exact_evidence
 
     begun = time.perf_counter()
     device = program.template().device
-    evidence = log_evidence(program, *(part.to(device) for part in batch), method=method)
-    return Measured(evidence, repr(method), time.perf_counter() - begun)
+    batch = tuple(part.to(device) for part in batch)
+    if method is not None:
+        evidence, said = log_evidence(program, *batch, method=method), repr(method)
+    else:
+        assert isinstance(program, Exact)
+        evidence, said = exact_evidence(program, *batch), "log_prob"
+    dims = program.event_shape.numel() if dequantized or is_discrete(program, batch) else None
+    return Measured(evidence, said, time.perf_counter() - begun, dims, dequantized)
+
+
+def is_discrete(program: Program, batch: tuple[Tensor, ...]) -> bool:
+    """Whether x has probabilities rather than a density: what the support of its site says."""
+    import pyro.poutine as poutine
+    import torch
+
+    from pyro_gen import scopes
+
+    few = tuple(part[:2] for part in batch)
+    with torch.no_grad(), scopes.forked_generators(0), scopes.evaluation_mode(program):
+        site: Any = poutine.trace(program.model).get_trace(*few).nodes["x"]
+    return bool(site["fn"].support.is_discrete)
 
 
 class _Known:
@@ -159,7 +218,7 @@ def report(run: Run, result: FitResult, content: Data, begun: float) -> None:
     from pyro_gen.inference_data import to_inference_data
 
     options = run.options
-    measured = measure(result.program, content.test, evidence_method(options))
+    measured = measure(result.program, content.test, evidence_method(options), dequantized=is_dequantized(options))
     run.file("evidence.json").write_text(json.dumps(measured.facts(), indent=2) + "\n", encoding="utf-8")
     device = result.program.template().device
     test = tuple(part.to(device) for part in content.test)
@@ -180,17 +239,34 @@ def report(run: Run, result: FitResult, content: Data, begun: float) -> None:
 def draw(run: Run, result: FitResult, test: tuple[Tensor, ...], evidence: Evidence, labels: Any) -> None:
     """The figures of a run."""
     from pyro_gen import plots
+    from pyro_gen.base import Exact
 
     run.figures.mkdir(exist_ok=True)
     program = result.program
-    figures = {
-        "loss": plots.loss(result),
-        "samples": plots.samples(program, *test, seed=run.options["seed"]),
-        "latent": plots.latent(program, *test, labels=labels),
-        "pareto_k": plots.pareto_k(evidence),
-    }
+    figures = {"loss": plots.loss(result), "samples": plots.samples(program, *test, seed=run.options["seed"])}
+    if _has_latent_means(program, test):
+        figures["latent"] = plots.latent(program, *test, labels=labels)
+    if evidence.pareto_k is not None:
+        figures["pareto_k"] = plots.pareto_k(evidence)
+    plane = program.event_shape.numel() == 2 and program.context_shape is None
+    if isinstance(program, Exact) and plane and not is_discrete(program, test):
+        figures["density"] = plots.density(program, *test)
     for name, figure in figures.items():
         figure.savefig(run.figures / f"{name}.png", dpi=120)
+
+
+def _has_latent_means(program: Program, test: tuple[Tensor, ...]) -> bool:
+    """Whether there are latents, and a guide whose mean has a closed form: a flow's has none."""
+    from pyro_gen.base import Bounded, Exact
+    from pyro_gen.diagnostics.latents import latent_distributions
+
+    if isinstance(program, Exact) or not isinstance(program, Bounded):
+        return False
+    context = test[1][:2] if len(test) > 1 else None
+    try:
+        return all(q.mean is not None for q, _ in latent_distributions(program, test[0][:2], context, None))
+    except NotImplementedError:
+        return False
 
 
 def _written(run: Run) -> list[str]:

@@ -6,20 +6,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyro_gen.cli.errors import BadInput, about
+from pyro_gen.cli.families import family_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["VALIDATION", "Data", "read_data"]
+__all__ = ["TEST", "VALIDATION", "Data", "is_dequantized", "is_whole", "read_data", "read_file"]
 
 VALIDATION, TEST = 0.1, 0.2  # fractions of a file's rows
+NOISES, MANY = 20, 50_000  # draws of noise for each training row, and how many rows they make at the most
 
 
 class Data(NamedTuple):
     """Batches ``(x,)`` or ``(x, context)``.
 
     ``facts`` is what identifies the data: source, checksum, rows of each part. ``rows`` says where the training rows
-    stand in a file; ``labels`` are those of the test rows, where they are known.
+    stand in a file; ``labels`` are those of the test rows, where they are known. Dequantised training rows come
+    ``copies`` times, each time with noise of its own.
     """
 
     train: tuple[Tensor, ...]
@@ -28,13 +31,39 @@ class Data(NamedTuple):
     facts: dict[str, Any]
     rows: Tensor | None = None
     labels: Tensor | None = None
+    copies: int = 1
 
 
 def read_data(options: dict[str, Any]) -> Data:
     """The data that the options of ``pyro-gen fit`` name, split."""
-    if options["data"] == "digits":
-        return _digits(options)
-    return _file(options)
+    content = _digits(options) if options["data"] == "digits" else _file(options)
+    return _with_noises(content, options["split_seed"] or 0) if is_dequantized(options) else content
+
+
+def _with_noises(content: Data, seed: int) -> Data:
+    """The training rows with several draws of the noise: of a single one, a flexible density learns the values."""
+    import torch
+
+    from pyro_gen.datasets import dequantize
+
+    x, *context = content.train
+    copies = max(1, min(NOISES, MANY // len(x)))
+    whole = x.floor()  # what it was before the noise
+    noisy = torch.cat([x, *(dequantize(whole, seed=seed + k) for k in range(1, copies))])
+    train = (noisy, *(torch.cat([part] * copies) for part in context))
+    rows = None if content.rows is None else content.rows.repeat(copies)
+    return content._replace(train=train, rows=rows, copies=copies)
+
+
+def is_dequantized(options: dict[str, Any]) -> bool:
+    """Whether the data of a run are whole numbers with uniform noise on [0, 1) added."""
+    digits = options["data"] == "digits" and family_of(options).digits(options["dequantize"]).dequantize
+    return bool(digits or options["dequantize"])
+
+
+def is_whole(x: Tensor) -> bool:
+    """Whether all of x are whole numbers."""
+    return bool((x == x.floor()).all())
 
 
 def _digits(options: dict[str, Any]) -> Data:
@@ -46,12 +75,9 @@ def _digits(options: dict[str, Any]) -> Data:
             raise BadInput(f"{option}: the digits are split once and for all (1200, 237, 360 rows): leave it out")
     if options.get("header"):
         raise BadInput("--header is for .csv files: leave it out with --data digits")
-    levels: Any = options["levels"] or (2 if options["likelihood"] == "bernoulli" else 17)
-    if levels not in (2, 17):
-        raise BadInput(f"--levels must be 2 (black and white) or 17 (grey) for --data digits, got {levels}")
-    flat = options["network"] != "conv"
+    form = family_of(options).digits(options["dequantize"])
     with about("--data digits"):
-        parts = digits(levels=levels, flat=flat, dequantize=options["dequantize"], labels=True)
+        parts = digits(levels=form.levels, flat=form.flat, dequantize=form.dequantize, labels=True)
     train, validation, test = ((x,) for x, _ in parts)
     return Data(train, validation, test, _facts("digits", train, validation, test), labels=parts.test[1])
 
@@ -98,7 +124,7 @@ def read_file(options: dict[str, Any]) -> tuple[Tensor, ...]:
         content = load(path, **given)
         parts = content if isinstance(content, tuple) else (content,)
         if options.get("dequantize"):
-            parts = (dequantize(parts[0], seed=options["split_seed"] or 0), *parts[1:])
+            parts = (dequantize(parts[0], seed=options.get("split_seed") or 0), *parts[1:])
         return parts
 
 

@@ -209,15 +209,15 @@ class DiscretizedLogistics(Logistics):
         """A mass is at most 1: the likelihood has a maximum on any data."""
 
 
-def refuse_constant(x: Tensor, instead: str) -> None:
+def refuse_constant(x: Tensor, instead: str, because: str = "with a noise scale learnt for each value") -> None:
     """Raise a ``ValueError`` that names the columns of x in which all rows are equal."""
     columns = x.reshape(x.shape[0], -1)
     constant = (columns == columns[:1]).all(0).nonzero().flatten().tolist()
     if constant:
         shown = ", ".join(map(str, constant[:8])) + (", …" if len(constant) > 8 else "")
         raise ValueError(
-            f"x is constant in column {shown} ({len(constant)} of {columns.shape[1]}): with a noise scale learnt "
-            f"for each value the likelihood has no maximum there. Drop those columns, or {instead}"
+            f"x is constant in column {shown} ({len(constant)} of {columns.shape[1]}): {because} the likelihood has no "
+            f"maximum there. Drop those columns, or {instead}"
         )
 
 

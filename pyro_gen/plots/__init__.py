@@ -1,4 +1,4 @@
-"""Pictures of a fit: how the loss fell, what the model draws, where the latents lie, how far to trust the weights.
+"""Pictures of a fit: how the loss fell, the draws, the density, the latents, how far to trust weights.
 
 Every function returns a ``matplotlib.figure.Figure`` of its own: pyplot's state is neither read nor changed, so nothing
 has to be closed, ``savefig`` works without a display, and a notebook shows it as the last value of a cell. Functions of
@@ -6,8 +6,9 @@ one panel take ``ax=`` to draw into another figure. Axes carry units; colours ar
 """
 
 from pyro_gen.plots.data import reconstructions, samples
+from pyro_gen.plots.densities import density
 from pyro_gen.plots.fits import loss
 from pyro_gen.plots.latents import latent
 from pyro_gen.plots.weights import pareto_k
 
-__all__ = ["latent", "loss", "pareto_k", "reconstructions", "samples"]
+__all__ = ["density", "latent", "loss", "pareto_k", "reconstructions", "samples"]

@@ -33,6 +33,7 @@ from pyro_gen.base import Exact, context_error, event_names
 from pyro_gen.checks import as_shape, check_count, describe
 from pyro_gen.distributions.bases import base_of
 from pyro_gen.distributions.flow import FlowDistribution, support_of
+from pyro_gen.distributions.likelihoods import refuse_constant
 from pyro_gen.nn.snapshot import snapshot
 from pyro_gen.transforms import Bijection, Compose, Interval, Rescale, Standardise, StickBreaking
 from pyro_gen.transforms.stacks import Mixing, TransformName, check_transform, stack
@@ -169,6 +170,7 @@ class Flow(Exact):
             tuple(event),
             None if context is None else tuple(context),
         )
+        self.support = "angles in [−π, π]" if torus else _named(support)
         if isinstance(name, str) and isinstance(base, str):
             self.config = {
                 "event_shape": list(event),
@@ -189,15 +191,17 @@ class Flow(Exact):
     def check(self, x: Any, context: Any = None) -> tuple[Tensor, ...]:
         batch = super().check(x, context)
         if is_validation_enabled() and not batch[0].is_meta:
-            support = support_of(self.model.bijection, self.event_shape)
-            inside = support.check(batch[0])
+            inside = support_of(self.model.bijection, self.event_shape).check(batch[0])
             if not bool(inside.all()):
                 row = int((~inside).nonzero()[0])
                 raise ValueError(
-                    f"x lies outside the support of this flow, {support}, in {int((~inside).sum())} of "
+                    f"x lies outside the support of this flow ({self.support}) in {int((~inside).sum())} of "
                     f"{len(inside)} rows, first in row {row}: build it with another support=, or drop those rows"
                 )
         return batch
+
+    def check_training(self, x: Tensor) -> None:
+        refuse_constant(x, "dequantise whole numbers (pg.datasets.dequantize)", "a density rises without end, and")
 
     @torch.no_grad()
     def initialise(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -296,6 +300,14 @@ def _stepwise(transform: str | Bijection, direction: str) -> Literal["log_prob",
     if not (isinstance(transform, str) and transform.endswith("autoregressive")):
         return None
     return "rsample" if direction == "density" else "log_prob"
+
+
+def _named(support: Any) -> str:
+    """A support in a few words."""
+    if isinstance(support, str):
+        return support
+    low, high = (f"{e:g}" if isinstance(e, (int, float)) else "one for each feature" for e in support)
+    return f"from {low} to {high}"
 
 
 def _listed(end: Any) -> Any:

@@ -11,13 +11,18 @@ guide :math:`q_\phi(z \mid x)`, a second network amortised over all rows, stands
 The second term is not negative, so the first bounds the evidence; maximised over both networks it fits the model and
 closes the gap at once. Sampling is ancestral: z from the prior, x from the decoder. A linear decoder with Gaussian
 noise is probabilistic PCA, and there the bound can be tight (Tipping & Bishop 1999).
+
+Two normals can be replaced by flows. A flow as prior is asked for the density of the guide's draws, and is trained with
+the rest: p(z) then goes to where the codes of the data are, and draws from the prior decode to data. A flow as guide is
+drawn from, each draw with its own density, and closes part of the gap that a normal leaves open where the posterior is
+bent or has several modes. The KL between guide and prior has no closed form with either; the bound samples it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -25,17 +30,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_gen.base import Bounded, event_names
+from pyro_gen.base import Bounded, Exact, Program, event_names
 from pyro_gen.checks import as_shape, check_count, describe
-from pyro_gen.distributions.bases import base_of
+from pyro_gen.distributions.bases import StandardNormal, base_of
+from pyro_gen.distributions.flow import FlowDistribution
 from pyro_gen.distributions.likelihoods import Likelihood, Scale
 from pyro_gen.distributions.likelihoods import likelihood as named_likelihood
+from pyro_gen.guides.conditional import ConditionalFlow, centre
 from pyro_gen.nn import MLP, ConvDecoder, ConvEncoder
+from pyro_gen.transforms.stacks import stack
 
 __all__ = ["VAE"]
 
 _LATENT: Any = {"event_dims": ["latent"]}  # what ArviZ calls the dimension of z
 Network = nn.Module | Literal["mlp", "conv"] | None
+GuideName = Literal["diagonal", "full_rank", "flow"]
+FLOW_LAYERS = 2  # of prior="flow" and of guide="flow"
 
 
 class Decoder(nn.Module):
@@ -75,19 +85,54 @@ class Decoder(nn.Module):
         return self.likelihood(raw.reshape(shape))
 
 
+class FlowPrior(nn.Module):
+    """p(z), a learnt flow; coupling layers, which are parallel in both directions: the bound scores, `sample` draws."""
+
+    def __init__(self, latent_dim: int, hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        transform = "spline_coupling" if latent_dim > 1 else "spline_autoregressive"  # one feature has no halves
+        self.bijection = stack(transform, latent_dim, FLOW_LAYERS, hidden)
+        self.base = StandardNormal(latent_dim)
+
+    def forward(self) -> FlowDistribution:
+        return FlowDistribution(self.bijection, self.base())
+
+
+class ProgramPrior(nn.Module):
+    """p(z), the density of another program, whose model is a part of this one: trained, moved and saved with it."""
+
+    def __init__(self, program: Exact) -> None:
+        super().__init__()
+        self.model = program.model
+        self.__dict__["program"] = program  # not as a submodule: its model is one already
+
+    def forward(self) -> Any:
+        return self.__dict__["program"].distribution()
+
+
 class Encoder(nn.Module):
     """The guide: q(z | x) from one pass of the encoder over x."""
 
     index: Tensor
 
     def __init__(
-        self, network: nn.Module, latent_dim: int, full_rank: bool, centre: Callable[[Tensor], Tensor] | None
+        self,
+        network: nn.Module,
+        latent_dim: int,
+        kind: GuideName,
+        centre: Callable[[Tensor], Tensor] | None,
+        hidden: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self.network, self.latent_dim, self.full_rank = network, latent_dim, full_rank
+        self.network, self.latent_dim, self.kind = network, latent_dim, kind
         self.own_network = centre is not None
         self.__dict__["centre"] = centre
-        if full_rank:  # where each entry of the Cholesky factor stands among the network's outputs; the last is a zero
+        if kind == "flow":
+            seen = hidden[-1] if hidden else 2 * latent_dim
+            self.flow = ConditionalFlow(latent_dim, layers=FLOW_LAYERS, hidden=hidden, context_features=seen)
+        if (
+            kind == "full_rank"
+        ):  # where each entry of the Cholesky factor stands among the network's outputs; the last is a zero
             d = latent_dim
             index = torch.full((d, d), d * (d + 1) // 2)
             index[tuple(torch.tril_indices(d, d))] = torch.arange(d * (d + 1) // 2)
@@ -97,7 +142,9 @@ class Encoder(nn.Module):
     def outputs(self) -> int:
         """Numbers the network gives a row."""
         d = self.latent_dim
-        return d + d * (d + 1) // 2 if self.full_rank else 2 * d
+        if self.kind == "flow":
+            return self.flow.outputs
+        return d + d * (d + 1) // 2 if self.kind == "full_rank" else 2 * d
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         with pyro.plate("data", x.shape[0]):
@@ -109,12 +156,18 @@ class Encoder(nn.Module):
             x = self.__dict__["centre"](x)
         raw = _call(self.network, x, context, self.own_network)
         if raw.shape[-1] != self.outputs:
+            rest = {
+                "diagonal": "log scale",
+                "full_rank": "the lower triangle",
+                "flow": f"log scale, then {self.outputs - 2 * self.latent_dim} numbers that the flow sees",
+            }
             raise ValueError(
-                f"encoder must give {self.outputs} numbers a row for guide="
-                f"{'full_rank' if self.full_rank else 'diagonal'!r} and latent_dim={self.latent_dim} (location, then "
-                f"{'the lower triangle' if self.full_rank else 'log scale'}); got shape {tuple(raw.shape)}"
+                f"encoder must give {self.outputs} numbers a row for guide={self.kind!r} and "
+                f"latent_dim={self.latent_dim} (location, then {rest[self.kind]}); got shape {tuple(raw.shape)}"
             )
-        if not self.full_rank:
+        if self.kind == "flow":
+            return self.flow(raw)
+        if self.kind == "diagonal":
             loc, log_scale = raw.chunk(2, -1)
             return dist.Normal(loc, log_scale.exp()).to_event(1)
         loc, lower = raw[..., : self.latent_dim], raw[..., self.latent_dim :]
@@ -137,9 +190,13 @@ class VAE(Bounded):
             (events of shape (channels, height, width)) build one. None is ``"mlp"``.
         decoder: a module from z (and context) to the likelihood's numbers, read as ``(maps, *event_shape)``; it must
             take leading dimensions. ``"mlp"``, ``"conv"`` or None build one.
-        prior: p(z): None for N(0, I), ``"mixture"`` for a learnt mixture of ``components`` Gaussians, any Pyro
-            distribution of event shape ``(latent_dim,)``, or a module whose ``forward()`` gives one.
-        guide: q(z | x): ``"diagonal"`` or ``"full_rank"`` normal.
+        prior: p(z): None for N(0, I), ``"mixture"`` for a learnt mixture of ``components`` Gaussians, ``"flow"`` for a
+            learnt flow (2 spline coupling layers), any Pyro distribution of event shape ``(latent_dim,)``, a program
+            with an exact density of that shape (a `Flow`: trained along, unless its parameters ask for no gradient), or
+            a module whose ``forward()`` gives a distribution.
+        guide: q(z | x): ``"diagonal"`` or ``"full_rank"`` normal, or ``"flow"``: a normal that 2 inverse autoregressive
+            spline layers bend, given x. Draws and their densities take one pass; the gradients ``"dreg"`` and ``"stl"``
+            of `IWAE` ask for the density of a draw at weights held fixed, ``latent_dim`` small steps more.
         context_shape: shape of what a row is conditioned on; encoder and decoder then take it as second argument.
         hidden: hidden sizes of networks built here.
         scale: noise of ``"normal"``: a number, ``"shared"``, ``"feature"`` (default) or ``"predicted"``.
@@ -171,8 +228,8 @@ class VAE(Bounded):
         likelihood: str | Callable[[Tensor], Any] = "normal",
         encoder: Network = None,
         decoder: Network = None,
-        prior: nn.Module | Distribution | Literal["mixture"] | None = None,
-        guide: Literal["diagonal", "full_rank"] = "diagonal",
+        prior: nn.Module | Distribution | Literal["mixture", "flow"] | None = None,
+        guide: GuideName = "diagonal",
         *,
         context_shape: int | tuple[int, ...] | None = None,
         hidden: Sequence[int] = (128, 128),
@@ -186,19 +243,19 @@ class VAE(Bounded):
         if not isinstance(hidden, Sequence) or isinstance(hidden, str):
             raise ValueError(f"hidden must be a sequence of sizes such as (128, 128), got {describe(hidden)}")
         hidden = tuple(check_count(h, "hidden") for h in hidden)
-        if guide not in ("diagonal", "full_rank"):
-            raise ValueError(f"guide must be 'diagonal' or 'full_rank', got {guide!r}")
+        if guide not in get_args(GuideName):
+            raise ValueError(f"guide must be 'diagonal', 'full_rank' or 'flow', got {describe(guide)}")
         observe = _likelihood(likelihood, event, scale, levels)
         maps = observe.maps if isinstance(observe, Likelihood) else None
         centre = observe.centre if isinstance(observe, Likelihood) else _identity
 
         own_encoder = not isinstance(encoder, nn.Module)
-        inference = Encoder(nn.Identity(), check_dim, guide == "full_rank", centre if own_encoder else None)
+        inference = Encoder(nn.Identity(), check_dim, guide, centre if own_encoder else None, hidden)
         inference.network = _encoder(encoder, event, inference.outputs, hidden, context_features)
         own_decoder = not isinstance(decoder, nn.Module)
         network = _decoder(decoder, latent_dim, event, maps, hidden, context_features)
         generator = Decoder(
-            base_of("normal" if prior is None else prior, latent_dim, components=components, name="prior"),
+            _prior(prior, latent_dim, hidden, components),
             network,
             observe,
             event,
@@ -235,7 +292,10 @@ class VAE(Bounded):
         return self.model.prior()
 
     def encode(self, x: Tensor, context: Tensor | None = None) -> Any:
-        """q(z | x): a distribution of batch shape ``(rows,)`` and event shape ``(latent_dim,)``."""
+        """q(z | x): a distribution of batch shape ``(rows,)`` and event shape ``(latent_dim,)``.
+
+        With ``guide="flow"`` it has no mean or variance in closed form; ``rsample_and_log_prob`` gives draws.
+        """
         batch = self.check(x, context)
         return self.guide.posterior(*batch)
 
@@ -248,8 +308,38 @@ class VAE(Bounded):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Mean of p(x | z) at the guide's mean of z: ``(rows, *event_shape)``."""
-        return cast(Tensor, self.decode(self.encode(x, context).mean, context).mean)
+        """Mean of p(x | z) at the guide's mean of z: ``(rows, *event_shape)``.
+
+        A flow has no mean in closed form: with ``guide="flow"`` z is the point to which the mean of its noise is taken,
+        the mean of the normal that it bends.
+        """
+        q = self.encode(x, context)
+        z = centre(q) if isinstance(q, FlowDistribution) else q.mean
+        return cast(Tensor, self.decode(z, context).mean)
+
+
+def _prior(prior: Any, latent_dim: int, hidden: tuple[int, ...], components: int) -> nn.Module:
+    if prior == "flow":
+        return FlowPrior(latent_dim, hidden)
+    if isinstance(prior, Program):
+        if not isinstance(prior, Exact):
+            raise ValueError(
+                f"prior must have a density that is known: a program of kind Exact, such as pg.Flow({latent_dim}); "
+                f"got {describe(prior)}"
+            )
+        if tuple(prior.event_shape) != (latent_dim,) or prior.context_shape is not None:
+            raise ValueError(
+                f"prior must have event shape ({latent_dim},) and no context, got a {describe(prior)} of event shape "
+                f"{tuple(prior.event_shape)}"
+                + ("" if prior.context_shape is None else f" and context_shape {tuple(prior.context_shape)}")
+            )
+        return ProgramPrior(prior)
+    if isinstance(prior, str) and prior not in ("normal", "student_t", "mixture", "uniform"):
+        raise ValueError(
+            "prior must be 'normal', 'student_t', 'mixture', 'uniform', 'flow', a distribution, a program with an exact"
+            f" density, or a module that gives a distribution; got {prior!r}"
+        )
+    return base_of("normal" if prior is None else prior, latent_dim, components=components, name="prior")
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class MaskedAutoregressive(Mapped):
         return y, ladj.sum(-1)
 
     def _stepwise(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        batch = y.shape[:-1]
+        batch = torch.Size(y.shape[:-1])  # under Pyro's provenance tracking a shape is a plain tuple
         columns = y.reshape(batch.numel(), self.features).unbind(-1)
         if context is not None:
             context = context.reshape(batch.numel(), self.context_features)

@@ -220,6 +220,9 @@ CASES = [
     Case("vae full rank", lambda: pg.VAE(3, guide="full_rank", **SMALL), real(3)),
     Case("vae context", lambda: pg.VAE(3, context_shape=2, **SMALL), real(3), real(2)),
     Case("vae conv", lambda: pg.VAE((1, 5, 4), encoder="conv", decoder="conv", latent_dim=2), real(1, 5, 4)),
+    Case("vae flow guide", lambda: pg.VAE(3, guide="flow", **SMALL), real(3), objectives=("elbo", "dreg")),
+    Case("vae flow prior", lambda: pg.VAE(3, prior="flow", **SMALL), real(3), objectives=("elbo",)),
+    Case("vae program prior", lambda: pg.VAE(3, prior=pg.Flow(2, **TINY), **SMALL), real(3), objectives=("elbo",)),
     Case(
         "vae of given networks",
         lambda: pg.VAE(3, latent_dim=2, encoder=noisy_encoder(), decoder=nn.Linear(2, 3)),

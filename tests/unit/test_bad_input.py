@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -174,8 +175,8 @@ DATA: dict[str, Case] = {
 
 PROGRAMS: dict[str, Case] = {
     "likelihood": (lambda: vae(likelihood="gauss"), ValueError, ("likelihood", "'gauss'", "'normal'")),
-    "guide": (lambda: vae(guide="flow"), ValueError, ("guide", "'flow'", "'full_rank'")),
-    "prior": (lambda: vae(prior="flow"), ValueError, ("prior", "'flow'", "'mixture'")),
+    "guide": (lambda: vae(guide="spline"), ValueError, ("guide", "'spline'", "'full_rank'")),
+    "prior": (lambda: vae(prior="spline"), ValueError, ("prior", "'spline'", "'mixture'")),
     "encoder": (lambda: vae(encoder="cnn"), ValueError, ("encoder", "'cnn'", "'conv'")),
     "scale": (lambda: vae(scale="one"), ValueError, ("scale", "'one'", "'shared'")),
     "gradient": (lambda: pg.IWAE(2, gradient="x"), ValueError, ("gradient", "'x'", "'dreg'")),
@@ -549,16 +550,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"model": {"weight": X}}, here / "foreign.pt")
     words = ["fit", "vae", "--data", str(here / "good.npy"), "--steps", "2", "--hidden", "4", "--no-plots"]
     assert CliRunner().invoke(app, [*words, "--importance-samples", "30", "--out", str(here / "run")]).exit_code == 0
+    words = ["fit", "flow", "--data", str(here / "good.npy"), "--steps", "2", "--transform", "linear", "--no-plots"]
+    assert CliRunner().invoke(app, [*words, "--out", str(here / "flow")]).exit_code == 0
     damaged = shutil.copytree(here / "run", here / "damaged")
     (damaged / "weights.pt").write_bytes((damaged / "weights.pt").read_bytes()[:500])
     (damaged / "checkpoint.pt").write_bytes((damaged / "checkpoint.pt").read_bytes()[:500])
     foreign = shutil.copytree(here / "run", here / "foreign")
     (foreign / "config.json").write_text('{"model": "another"}')
+    for name, change in (("later", {"family": "nebula"}), ("lacking", {"layers": ...})):
+        other = shutil.copytree(here / "flow", here / name)
+        config = json.loads((other / "config.json").read_text())
+        options = {key: value for key, value in {**config["options"], **change}.items() if value is not ...}
+        (other / "config.json").write_text(json.dumps({**config, "options": options}))
     (here / "a folder").mkdir()
     return here
 
 
 FIT = "fit vae --data good.npy --out new --steps 2"
+FLOW = "fit flow --data good.npy --out new --steps 2"
+AR = "fit autoregressive --data good.npy --out new --steps 2"
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "no such file": ("fit vae --data no.npy --out new", ("--data", "no.npy", "no such file")),
     "no such name": ("fit vae --data mnist --out new", ("--data", "'digits'", ".npy")),
@@ -586,10 +596,40 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "levels missing": ("fit vae --data levels.npy --likelihood categorical --out new", ("--levels", "got None")),
     "levels of the digits": ("fit vae --data digits --levels 5 --out new", ("--levels", "2", "17", "got 5")),
     "digits are split": ("fit vae --data digits --test 0.5 --out new", ("--test", "leave it out")),
-    "family": ("fit vea --data good.npy --out new", ("FAMILY", "vae", "'vea'")),
+    "family": ("fit vea --data good.npy --out new", ("FAMILY must be vae, flow or autoregressive", "'vea'", "--help")),
+    "options before the family": ("fit --data good.npy vae --out new", ("FAMILY is missing", "--data", "flow")),
+    "option of another family": ("fit flow --data good.npy --out new --latent-dim 2", ("--latent-dim", "flow", "vae")),
+    "option without its value": ("fit flow --data good.npy --out new --layers", ("--layers", "argument", "--help")),
+    "transform": (f"{FLOW} --transform nsf", ("--transform must be", "'nsf'", "spline_autoregressive")),
+    "layers": (f"{FLOW} --layers 0", ("--layers must be", "at least 1", "got 0")),
+    "hidden of a flow": (f"{FLOW} --hidden 8,big", ("--hidden must be", "128,128", "'8,big'")),
+    "direction": (f"{FLOW} --direction both", ("--direction must be", "'both'", "'sampling'")),
+    "base": (f"{FLOW} --base cauchy", ("--base must be", "'cauchy'", "student_t")),
+    "support": (f"{FLOW} --support half", ("--support must be", "'half'", "LOW,HIGH", "0,17")),
+    "support of one end": (f"{FLOW} --support 1", ("--support must be", "LOW,HIGH", "'1'")),
+    "support upside down": (f"{FLOW} --support 17,0", ("--support", "below", "17")),
+    "outside the support of a flow": (f"{FLOW} --support positive", ("outside the support", "row", "--support")),
+    "bins": (f"{FLOW} --bins 0", ("--bins must be", "got 0")),
+    "bound": (f"{FLOW} --bound -1", ("--bound must be", "positive", "got -1")),
+    "base without an interval": (f"{FLOW} --base uniform", ("--base", "uniform", "interval")),
+    "whole numbers": ("fit flow --data levels.npy --out new", ("--data", "whole numbers", "--dequantize")),
+    "no whole numbers": (f"{FLOW} --dequantize", ("--data", "whole numbers", "scaled")),
+    "likelihood of levels": (f"{AR} --likelihood gauss", ("--likelihood must be", "'gauss'", "'bernoulli'")),
+    "levels left out": (f"{AR} --likelihood categorical", ("--levels", "got None")),
+    "orders": (f"{AR} --orders 0", ("--orders must be", "got 0")),
+    "components": (f"{AR} --components 0", ("--components must be", "got 0")),
+    "whole numbers, real likelihood": (
+        "fit autoregressive --data levels.npy --out new", ("--data", "whole numbers", "--dequantize", "--levels"),
+    ),
+    "levels of an exact model": (
+        "fit autoregressive --data digits --levels 5 --out new", ("--levels", "2", "17", "got 5"),
+    ),
+    "importance samples of a fit": (f"{FLOW} --importance-samples 9", ("--importance-samples", "flow", "vae")),
+    "importance samples of a flow": ("evaluate flow --importance-samples 9", ("--importance-samples", "exact")),
+    "resume as another family": ("fit vae --out flow --resume", ("FAMILY", "flow", "vae")),
     "likelihood": (f"{FIT} --likelihood gauss", ("--likelihood must be", "'gauss'", "'normal'")),
-    "guide": (f"{FIT} --guide flow", ("--guide must be", "'flow'", "'full_rank'")),
-    "prior": (f"{FIT} --prior flow", ("--prior must be", "'flow'", "mixture")),
+    "guide": (f"{FIT} --guide spline", ("--guide must be", "'spline'", "'full_rank'")),
+    "prior": (f"{FIT} --prior spline", ("--prior must be", "'spline'", "mixture")),
     "network": (f"{FIT} --network cnn", ("--network must be", "'cnn'", "conv")),
     "convolutions of a table": (f"{FIT} --network conv", ("--network conv", "channels", "(3,)")),
     "objective": (f"{FIT} --objective nce", ("--objective must be", "'nce'", "iwae")),
@@ -623,7 +663,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "no such option": (f"{FIT} --learning-rate 1", ("--learning-rate", "--help")),
     "no data": ("fit vae --out new", ("--data is missing", "digits")),
     "no folder": ("fit vae --data good.npy", ("--out is missing", "--out RUN")),
-    "no family": ("fit", ("FAMILY", "--help")),
+    "no family": ("fit --out new", ("FAMILY is missing", "vae, flow or autoregressive", "--help")),
     "out exists": ("fit vae --data good.npy --out run", ("--out", "run exists", "new folder", "--resume")),
     "out is a file": ("fit vae --data good.npy --out good.npy", ("--out", "exists", "new folder")),
     "out is an empty folder": ("fit vae --data good.npy --out a\\ folder", ("--out", "exists", "new folder")),
@@ -639,6 +679,9 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluate a file": ("evaluate good.npy", ("RUN", "no folder")),
     "evaluate a damaged run": ("evaluate damaged", ("RUN", "weights.pt", "cut short")),
     "evaluate a foreign run": ("evaluate foreign", ("RUN", "config.json", "not written by")),
+    "evaluate a run of a later family": ("evaluate later", ("RUN", "'nebula'", "vae, flow or autoregressive")),
+    "evaluate a run that lacks an option": ("evaluate lacking", ("RUN", "config.json lacks layers")),
+    "resume a run that lacks an option": ("fit flow --out lacking --resume", ("--out", "lacks layers")),
     "evaluate other rows": ("evaluate run --data narrow.npy", ("--data", "x must have shape", "(40, 2)")),
     "evaluate on digits": ("evaluate run --data digits", ("--data digits", "good.npy")),
     "evaluate with no draws": ("evaluate run --importance-samples 0", ("--importance-samples must be", "got 0")),

@@ -90,3 +90,25 @@ def test_printed_with_what_is_known_of_its_error():
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind must be one of 'exact', 'lower bound', 'upper bound', 'estimate'"):
         Evidence(double(1.0), "approximate")
+
+
+def test_bits_per_dimension_scale_value_and_errors_and_turn_bounds_round():
+    evidence = Evidence(
+        double(-64 * math.log(2), -128 * math.log(2)), "lower bound", double(0.64, 0.0), shared_error=0.32
+    )
+    bits = evidence.bits_per_dimension(64)
+    assert bits.value.tolist() == pytest.approx([1.0, 2.0])  # a uniform bit in each of 64 dimensions is one bit
+    assert bits.kind == "upper bound"
+    assert bits.label == "bits per dimension"
+    assert bits.standard_error.tolist() == pytest.approx([0.01 / math.log(2), 0.0])
+    assert bits.shared_error == pytest.approx(0.005 / math.log(2))
+    # of the mean, or the mean of it: the same
+    one, other = bits.mean(), evidence.mean().bits_per_dimension(64)
+    for name in ("value", "standard_error", "sampling_error"):
+        assert float(getattr(one, name)) == pytest.approx(float(getattr(other, name)))
+    assert one.kind == other.kind == "upper bound"
+    assert str(one).startswith("≤ 1.5")
+    for kind, turned in (("exact", "exact"), ("estimate", "estimate"), ("upper bound", "lower bound")):
+        assert Evidence(double(-1.0), kind).bits_per_dimension(1).kind == turned
+    with pytest.raises(ValueError, match="dims must be an int of at least 1, got 0"):
+        evidence.bits_per_dimension(0)

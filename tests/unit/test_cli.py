@@ -22,6 +22,18 @@ import pyro_gen as pg
 from pyro_gen.cli import app
 
 SMALL = ["--hidden", "8", "--latent-dim", "2", "--importance-samples", "30", "--no-progress"]
+FLOW = ["--hidden", "8", "--layers", "1", "--no-progress"]
+AUTOREGRESSIVE = ["--hidden", "8", "--no-progress"]
+COMMON = (
+    "data validation test split-seed dequantize header delimiter steps epochs batch-size lr schedule clip-norm average "
+    "patience compile device seed progress out resume checkpoint-every plots"
+)
+OWN = {
+    "vae": "likelihood levels scale latent-dim hidden network guide prior components objective particles gradient "
+    "analytic-kl importance-samples",
+    "flow": "transform layers hidden direction base components support bins bound",
+    "autoregressive": "likelihood levels components orders hidden",
+}
 
 
 def run(*words: object) -> Any:
@@ -78,15 +90,31 @@ def test_alone_shows_help_and_version_shows_the_version() -> None:
     assert run("--version").stdout == f"pyro-gen {pg.__version__}\n"
 
 
-def test_help_of_fit_names_every_option() -> None:
-    text = run("fit", "--help").stdout
-    options = (
-        "FAMILY data validation test split-seed dequantize header delimiter likelihood levels scale latent-dim hidden "
-        "network guide prior components objective particles gradient analytic-kl steps epochs batch-size lr schedule "
-        "clip-norm average patience compile device seed progress out resume checkpoint-every importance-samples plots"
-    )
-    for option in shlex.split(options):
-        assert option in text
+@pytest.mark.parametrize("words", [["fit"], ["fit", "--help"]])
+def test_help_of_fit_lists_the_families_and_what_they_do_about_z(words: list[str]) -> None:
+    result = run(*words)
+    assert result.exit_code == 0
+    lines = [" ".join(line.strip(" │").split()) for line in result.stdout.splitlines()]
+    for family, answer in (("vae", "bounded"), ("flow", "made tractable"), ("autoregressive", "built in")):
+        assert any(line.startswith(f"{family} ") and f"Z is {answer}" in line for line in lines)
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_help_of_a_family_names_the_common_options_and_its_own(family: str) -> None:
+    words = run("fit", family, "--help").stdout.split()
+    others = {option for options in OWN.values() for option in options.split()} - set(OWN[family].split())
+    for option in f"{COMMON} {OWN[family]}".split():
+        assert f"--{option}" in words
+    assert not {f"--{option}" for option in others} & set(words)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("family", OWN)
+def test_help_keeps_to_the_width_and_cuts_nothing(family: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", width)
+    text = run("fit", family, "--help").stdout
+    assert max(map(len, text.splitlines())) == width
+    assert "…" not in text.replace("0 … levels", "")
 
 
 # -------------------------------------------------------------------------------------------------------------- fit --
@@ -216,6 +244,15 @@ def test_digits_choose_their_likelihood(words: list[str], likelihood: str, level
     assert (config["likelihood"], config["levels"]) == (likelihood, levels)
 
 
+def test_a_vae_with_flows_for_prior_and_guide(table: Path, tmp_path: Path) -> None:
+    words = ["fit", "vae", "--data", table, "--steps", 2, "--prior", "flow", "--guide", "flow"]
+    assert run(*words, "--out", tmp_path / "run", *SMALL).exit_code == 0
+    config: Any = pg.load(tmp_path / "run").program.config
+    assert (config["prior"], config["guide"]) == ("flow", "flow")
+    assert not (tmp_path / "run" / "figures" / "latent.png").exists()  # its means have no closed form
+    assert run("evaluate", tmp_path / "run").exit_code == 0
+
+
 def test_convolutions_take_the_digits_as_images(tmp_path: Path) -> None:
     words = ["--network", "conv", "--steps", "2", "--no-plots", "--out", str(tmp_path / "run"), *SMALL]
     assert run("fit", "vae", "--data", "digits", *words).exit_code == 0
@@ -233,6 +270,202 @@ def test_a_context_in_the_file_makes_the_model_conditional(tmp_path: Path) -> No
     assert run("evaluate", tmp_path / "run").exit_code == 0
     np.save(tmp_path / "alone.npy", draw(size=(5, 3)))
     assert "context is missing" in refused("evaluate", tmp_path / "run", "--data", tmp_path / "alone.npy")
+
+
+# ------------------------------------------------------------------------------------------- exact families --
+@pytest.fixture(scope="module")
+def flow_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of a flow on the digits, and what it printed."""
+    folder = tmp_path_factory.mktemp("cli") / "flow"
+    words = ["--data", "digits", "--transform", "affine_coupling", "--steps", 8, "--seed", 3, "--out", folder]
+    result = run("fit", "flow", *words, *FLOW)
+    assert result.exit_code == 0
+    return folder, result.stdout
+
+
+def test_a_run_of_a_flow_holds_what_there_is_of_it(flow_run: tuple[Path, str]) -> None:
+    import xarray as xr
+
+    folder, said = flow_run
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {  # no latents, and no weights of importance
+        "config.json", "checkpoint.pt", "program.json", "weights.pt", "fit.json", "history.csv", "evidence.json",
+        "inference_data.nc", "figures/loss.png", "figures/samples.png",
+    }  # fmt: skip
+    program = pg.load(folder).program
+    assert isinstance(program, pg.Flow)
+    x = pg.datasets.digits(dequantize=True).test
+    expected = program.log_prob(x).double()
+    facts = json.loads((folder / "evidence.json").read_text())
+    assert facts["log_evidence"]["kind"] == "exact"
+    assert facts["log_evidence"]["mean"] == pytest.approx(float(expected.detach().mean()), rel=1e-6)
+    assert facts["log_evidence"]["standard_error"] is None
+    with xr.open_dataset(folder / "inference_data.nc", group="log_evidence", engine="h5netcdf") as evidence:
+        assert evidence["x"].values.ravel() == pytest.approx(expected.detach().numpy(), rel=1e-5)
+        assert evidence["x"].attrs["kind"] == "exact"
+    first, evidence_line, seconds, place = said.splitlines()
+    assert first.startswith("Flow by MaximumLikelihood")
+    assert evidence_line.startswith("log p(x) = -")
+    assert evidence_line.endswith("exact for 360 test rows of digits + U[0, 1)")
+    assert " s in all" in seconds
+    assert str(folder) in place
+
+
+def test_a_flow_takes_the_digits_with_noise_and_says_so(flow_run: tuple[Path, str]) -> None:
+    folder, _ = flow_run
+    program: Any = pg.load(folder).program
+    assert program.config["support"] == [0.0, 17.0]
+    draws = program.sample(50, seed=0)
+    assert 0 <= float(draws.min()) < float(draws.max()) <= 17
+    help_text = " ".join(run("fit", "flow", "--help").stdout.split())
+    assert "--data digits it is implied" in help_text
+
+
+def test_bits_per_dimension_stand_beside_nats(flow_run: tuple[Path, str], digits_run: tuple[Path, str]) -> None:
+    import math
+
+    for (folder, _), kind, sign in ((flow_run, "exact", "="), (digits_run, None, None)):
+        facts = json.loads((folder / "evidence.json").read_text())
+        nats, bits = facts["log_evidence"], facts["bits_per_dimension"]
+        assert bits["dimensions"] == 64
+        assert bits["mean"] == pytest.approx(-nats["mean"] / (64 * math.log(2)), rel=1e-12)
+        assert bits["sampling_error"] == pytest.approx(nats["sampling_error"] / (64 * math.log(2)), rel=1e-12)
+        assert bits["kind"] == (kind or {"lower bound": "upper bound"}.get(nats["kind"], nats["kind"]))
+        said = run("evaluate", folder).stdout
+        sign = sign or {"upper bound": "≤", "estimate": "≈"}[bits["kind"]]
+        assert f"nats per datum, {sign} {bits['mean']:.3f} bits per dimension: " in said
+
+
+def test_real_data_have_no_bits(table: Path, tmp_path: Path) -> None:
+    words = ["--data", table, "--steps", 3, "--no-plots", "--out"]
+    assert run("fit", "flow", *words, tmp_path / "flow", *FLOW).exit_code == 0
+    assert run("fit", "vae", *words, tmp_path / "vae", *SMALL).exit_code == 0
+    for name in ("flow", "vae"):
+        assert json.loads((tmp_path / name / "evidence.json").read_text())["bits_per_dimension"] is None
+        assert "bits" not in run("evaluate", tmp_path / name).stdout
+
+
+def test_evaluate_of_a_flow_repeats_its_evidence_and_has_no_draws(flow_run: tuple[Path, str]) -> None:
+    folder, _ = flow_run
+    facts = json.loads(run("evaluate", folder, "--json").stdout)
+    kept = json.loads((folder / "evidence.json").read_text())
+    for name in ("rows", "log_evidence", "bits_per_dimension", "dequantized", "pareto_k", "method"):
+        assert facts[name] == kept[name]
+    said = refused("evaluate", folder, "--importance-samples", 50)
+    for word in ("--importance-samples", "exact", "leave it out"):
+        assert word in said
+
+
+def test_whole_numbers_of_another_file_get_the_noise_of_the_run(flow_run: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = flow_run
+    whole = pg.datasets.digits().test[:30]
+    noisy = pg.datasets.dequantize(whole, seed=0)
+    program: Any = pg.load(folder).program
+    found = {}
+    for name, x in (("whole", whole), ("noisy", noisy)):
+        np.save(tmp_path / f"{name}.npy", x.numpy())
+        facts = json.loads(run("evaluate", folder, "--data", tmp_path / f"{name}.npy", "--json").stdout)
+        found[name] = facts["log_evidence"]["mean"]
+    expected = float(program.log_prob(noisy).detach().double().mean())
+    assert found["whole"] == pytest.approx(expected, rel=1e-6)
+    assert found["noisy"] == pytest.approx(expected, rel=1e-6)
+    bare = float(program.log_prob(whole.clamp(1e-6, 16)).detach().double().mean())  # what it would be without
+    assert abs(bare - expected) > 1
+
+
+def test_training_rows_have_many_draws_of_the_noise_and_held_out_rows_one(tmp_path: Path) -> None:
+    from pyro_gen.cli.sources import read_data
+
+    np.savez(tmp_path / "counts.npz", x=np.arange(60).reshape(30, 2) % 7, context=np.arange(30.0).reshape(30, 1))
+    given = {"family": "flow", "data": str(tmp_path / "counts.npz"), "validation": None, "test": None, "split_seed": 3}
+    plain = read_data({**given, "dequantize": False})
+    noisy = read_data({**given, "dequantize": True})
+    assert plain.copies == 1
+    assert noisy.copies == 20
+    assert noisy.facts["rows"] == plain.facts["rows"] == {"train": 21, "validation": 3, "test": 6}
+    x, context = noisy.train
+    assert torch.equal(x.floor(), plain.train[0].repeat(20, 1))
+    assert torch.equal(context, plain.train[1].repeat(20, 1))
+    draws = (x - x.floor()).reshape(20, -1)
+    assert len(torch.unique(draws)) == draws.numel()  # no draw twice
+    assert torch.equal(noisy.test[0].floor(), plain.test[0])
+    assert noisy.rows is not None
+    assert plain.rows is not None
+    assert noisy.rows[21 + 4] == plain.rows[4]  # where a row stands in the file
+
+
+def test_an_epoch_is_a_pass_over_the_rows_given(tmp_path: Path) -> None:
+    np.save(tmp_path / "counts.npy", np.arange(120).reshape(60, 2) % 7)
+    words = ["--data", tmp_path / "counts.npy", "--transform", "linear", "--dequantize", "--batch-size", 7]
+    folder = tmp_path / "run"
+    assert run("fit", "flow", *words, "--epochs", 3, "--no-plots", "--out", folder).exit_code == 0
+    assert pg.load(folder).steps == 18  # 42 rows to train on, 6 steps an epoch
+
+
+def test_samples_of_a_flow(flow_run: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = flow_run
+    assert run("sample", folder, "-n", 5, "--seed", 2, "--out", tmp_path / "x.npy").exit_code == 0
+    assert np.array_equal(np.load(tmp_path / "x.npy"), pg.load(folder).program.sample(5, seed=2).numpy())
+    assert run("sample", folder, "-n", 9, "--out", tmp_path / "x.png").exit_code == 0
+
+
+def test_options_of_a_flow_reach_it(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    np.savez(tmp_path / "plane.npz", x=draw.uniform(-1, 3, size=(60, 2)), context=draw.normal(size=(60, 3)))
+    words = shlex.split(
+        "--transform spline_coupling --layers 2 --hidden 5,6 --direction sampling --base mixture --components 3 "
+        "--support -1.5,3.5 --bins 4 --bound 3 --steps 3"
+    )
+    said = run("fit", "flow", "--data", tmp_path / "plane.npz", *words, "--out", tmp_path / "run")
+    assert said.exit_code == 0
+    config: Any = pg.load(tmp_path / "run").program.config
+    names = ("transform", "layers", "hidden", "direction", "base", "components", "support", "bins", "bound")
+    expected = ["spline_coupling", 2, [5, 6], "sampling", "mixture", 3, [-1.5, 3.5], 4, 3.0]
+    assert [config[name] for name in names] == expected
+    assert config["context_shape"] == [3]
+    assert not (tmp_path / "run" / "figures" / "density.png").exists()  # at which context?
+    again = shlex.split(json.loads((tmp_path / "run" / "config.json").read_text())["command"])
+    again[again.index("--out") + 1] = str(tmp_path / "again")
+    assert run(*again[1:]).exit_code == 0
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "again"))
+
+
+def test_a_flow_of_two_features_has_a_picture_of_its_density(tmp_path: Path) -> None:
+    np.save(tmp_path / "plane.npy", np.random.default_rng(0).normal(size=(60, 2)))
+    words = ["--data", tmp_path / "plane.npy", "--transform", "linear", "--steps", 3, "--out", tmp_path / "run"]
+    assert run("fit", "flow", *words, "--no-progress").exit_code == 0
+    assert (tmp_path / "run" / "figures" / "density.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "likelihood", "levels", "noise"),
+    [
+        ("", "discretized_logistic", 17, False),
+        ("--levels 2", "bernoulli", None, False),
+        ("--likelihood bernoulli", "bernoulli", None, False),
+        ("--likelihood categorical --orders 2", "categorical", 17, False),
+        ("--likelihood normal", "normal", None, True),
+        ("--dequantize", "mixture_of_logistics", None, True),
+    ],
+)
+def test_digits_of_an_autoregressive_model(
+    words: str, likelihood: str, levels: int | None, noise: bool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    asked = ["--data", "digits", "--steps", 2, "--out", folder, *words.split(), *AUTOREGRESSIVE]
+    said = run("fit", "autoregressive", *asked)
+    assert said.exit_code == 0
+    program: Any = pg.load(folder).program
+    assert (program.config["likelihood"], program.config["levels"]) == (likelihood, levels)
+    assert program.config["orders"] == (2 if "--orders" in words else 1)
+    assert ("+ U[0, 1)" in said.stdout) == noise
+    x = pg.datasets.digits(levels=2 if likelihood == "bernoulli" else 17, dequantize=noise).test
+    facts = json.loads(run("evaluate", folder, "--json").stdout)
+    assert facts["log_evidence"]["kind"] == "exact"
+    assert facts["log_evidence"]["mean"] == pytest.approx(float(program.log_prob(x).detach().double().mean()), rel=1e-6)
+    assert facts["bits_per_dimension"]["dimensions"] == 64
+    assert run("sample", folder, "-n", 4).exit_code == 0
+    assert np.load(folder / "samples.npy").shape == (4, 64)
 
 
 # -------------------------------------------------------------------------------------------- sample, evaluate --
@@ -310,6 +543,21 @@ def test_divergence_is_status_3_and_keeps_the_last_good_state(table: Path, tmp_p
     assert all(bool(torch.isfinite(tensor).all()) for tensor in checkpoint["tensors"])
 
 
+def test_divergence_of_a_flow_keeps_a_state_that_can_be_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "counts.npy", np.random.default_rng(1).poisson(5, size=(60, 3)))
+    words = ["--data", tmp_path / "counts.npy", "--dequantize", "--lr", 1e15, "--no-plots", "--out", tmp_path / "run"]
+    result = run("fit", "flow", *words, *FLOW)
+    assert result.exit_code == 3
+    assert result.stderr.count("\n") == 1
+    assert "not finite at step" in result.stderr
+    found = result.stderr.partition("Of the file these are rows [")[2].partition("]")[0]
+    rows = [int(row) for row in found.split(",")] if found else []
+    assert all(row < 60 for row in rows)  # of the file, not of its copies
+    assert len(rows) == len(set(rows))
+    program: Any = pg.load(tmp_path / "run").program
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in program.state_dict().values())
+
+
 def test_divergence_names_rows_of_the_file(tmp_path: Path) -> None:
     x = np.random.default_rng(1).normal(size=(60, 3)).astype("float32")
     row = int(np.random.default_rng(0).permutation(60)[4])  # a training row
@@ -364,9 +612,14 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to a child there")
-def test_an_interrupted_run_goes_on_to_the_same_weights(table: Path, tmp_path: Path) -> None:
-    words = ["fit", "vae", "--data", table, "--steps", 1500, "--batch-size", 9, "--average", 0.99, "--no-plots"]
-    words += ["--checkpoint-every", 10, "--compile", "off", *SMALL]
+@pytest.mark.parametrize(
+    ("family", "own"), [("vae", SMALL), ("flow", ["--transform", "linear", *FLOW]), ("autoregressive", AUTOREGRESSIVE)]
+)
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    family: str, own: list[str], table: Path, tmp_path: Path
+) -> None:
+    words = ["fit", family, "--data", table, "--steps", 1500, "--batch-size", 9, "--average", 0.99, "--no-plots"]
+    words += ["--checkpoint-every", 10, "--compile", "off", *own]
     child = process(*words, "--out", tmp_path / "run", preexec_fn=heed_interrupts)
     until = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoint.pt").exists() and child.poll() is None and time.monotonic() < until:

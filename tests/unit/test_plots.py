@@ -309,3 +309,66 @@ def test_what_cannot_be_drawn_is_refused():
 def test_importing_plots_does_not_import_matplotlib():
     code = "import sys, pyro_gen.plots; sys.exit(any(m.split('.')[0] == 'matplotlib' for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ density
+class Square(pg.Exact):
+    """Uniform on a unit square beside the origin."""
+
+    def __init__(self):
+        import pyro
+        import pyro.distributions as dist
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                return pyro.sample(
+                    "x", dist.Uniform(torch.tensor([1.0, -2.0]), torch.tensor([2.0, -1.0])).to_event(1), obs=x
+                )
+
+        super().__init__(model, 2)
+
+
+def test_density_is_drawn_where_it_is():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(400, 2, generator=generator) + torch.tensor([1.0, -2.0])
+    x[:2] = torch.tensor([[1.0, -2.0], [2.0, -1.0]])  # the range is the square, with a tenth around it
+    figure = plots.density(Square(), x, n=50, cells=120)
+    data, picture, _ = figure.axes
+    assert len(points(data.collections[0])) == 50
+    image = picture.images[0]
+    assert image.get_extent() == pytest.approx([0.9, 2.1, -2.1, -0.9], abs=1e-6)
+    seen = torch.as_tensor(image.get_array().data)
+    wanted = torch.zeros(120, 120, dtype=torch.float64)
+    wanted[10:110, 10:110] = 1.0
+    assert torch.allclose(seen, wanted)
+    assert "100.0% of its mass" in picture.get_title()
+
+
+def test_density_has_x1_across_and_x2_up():
+    torch.manual_seed(0)
+    flow = pg.Flow(2, transform="linear")
+    x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0]) + 3.0
+    flow.initialise(x)
+    image = plots.density(flow, x, cells=40).axes[1].images[0]
+    left, right, bottom, top = image.get_extent()
+    across = left + (right - left) * (torch.arange(40) + 0.5) / 40
+    up = bottom + (top - bottom) * (torch.arange(40) + 0.5) / 40
+    seen = torch.as_tensor(image.get_array().data)
+    for row, column in ((5, 30), (30, 5), (20, 20)):
+        here = float(flow.log_prob(torch.tensor([[across[column], up[row]]])).detach().exp())
+        assert float(seen[row, column]) == pytest.approx(here, rel=1e-4)
+
+
+def test_density_of_a_context_and_what_it_refuses(vae):
+    torch.manual_seed(0)
+    flow = pg.Flow(2, transform="affine_coupling", layers=1, hidden=(8,), context_shape=3)
+    x = torch.randn(30, 2)
+    assert len(plots.density(flow, x, torch.zeros(1, 3), cells=10).axes) == 3
+    with pytest.raises(ValueError, match="context must be a single row"):
+        plots.density(flow, x, torch.zeros(30, 3))
+    with pytest.raises(ValueError, match="context is missing"):
+        plots.density(flow, x)
+    with pytest.raises(TypeError, match=r"VAE does not have exactly.*plots\.samples"):
+        plots.density(vae, torch.zeros(3, 64))
+    with pytest.raises(ValueError, match="one of 3 features"):
+        plots.density(pg.Flow(3, transform="linear"), torch.zeros(3, 3))
