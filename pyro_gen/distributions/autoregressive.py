@@ -7,8 +7,8 @@ once (`MaskedMLP.unroll`), the work of one pass. A uniform mixture over K orders
 :math:`\log p = \operatorname{logsumexp}_k \log p_k - \log K`, is a density too, of K passes; a draw picks an order for
 each row, and is made in all K of them, so that no shape depends on what is picked.
 
-Real values are standardised first, :math:`u = (x - m)/s` by fixed numbers m and s, and the density carries the
-Jacobian :math:`-\sum_i \log s_i`: it is that of x in its own units.
+Real values, and contexts, are standardised first, :math:`u = (x - m)/s` by fixed numbers m and s. The density carries
+the Jacobian :math:`-\sum_i \log s_i`: it is that of x in its own units.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.distributions import constraints
 from pyro_gen.distributions.likelihoods import Likelihood
 from pyro_gen.nn.masked import MaskedMLP
 from pyro_gen.nn.snapshot import snapshot
+from pyro_gen.transforms.standardise import Standardise
 
 __all__ = ["AutoregressiveDistribution", "Conditionals"]
 
@@ -43,9 +44,6 @@ class Conditionals(nn.Module):
         one_hot: whether the network gets a level as a vector of zeros and a one, instead of a number.
     """
 
-    loc: Tensor
-    scale: Tensor
-    initialised: Tensor
     level: Tensor
     _orders: Tensor
 
@@ -72,21 +70,15 @@ class Conditionals(nn.Module):
         # follow from the configuration, so they are not part of the state
         self.register_buffer("_orders", torch.tensor(self.orders or [[0]]), persistent=False)
         self.register_buffer("level", torch.arange(float(inputs)), persistent=False)
-        if self.standardised:
-            self.register_buffer("loc", torch.zeros(d))
-            self.register_buffer("scale", torch.ones(d))
-            self.register_buffer("initialised", torch.tensor(False))
+        self.units = Standardise(d) if self.standardised else None
+        self.given = Standardise(context_features) if context_features else None
 
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
-        """Standardise real data by those given, the first time; weights that have been trained stay what they are."""
-        if not self.standardised or bool(self.initialised):
-            return
-        columns = x.reshape(x.shape[0], self.features)
-        self.loc.copy_(columns.mean(0))
-        spread = columns.std(0, correction=0)
-        self.scale.copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
-        self.initialised.fill_(True)
+    def initialise(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Standardise real data and contexts by those given, the first time; trained weights stay what they are."""
+        for part, value in ((self.units, x), (self.given, context)):
+            if part is not None and value is not None and not bool(part.initialised):
+                part.initialise(value.reshape(x.shape[0], part.features))
 
     def embed(self, u: Tensor) -> Tensor:
         """Values ``(...)`` as the network takes them, ``(..., inputs)``."""
@@ -96,19 +88,22 @@ class Conditionals(nn.Module):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p of ``(..., *event_shape)`` given ``(..., context_features)``: leading dimensions are broadcast."""
-        u = x.flatten(-self.event_dim)
-        if self.standardised:
-            u = (u - self.loc) / self.scale
-        given = self.embed(u).flatten(-2)
+        u, ladj = x.flatten(-self.event_dim), None
+        if self.units is not None:
+            u, ladj = self.units(u)
+        given, context = self.embed(u).flatten(-2), self._seen(context)
         orders = (None,) if self.orders is None else self._orders.unbind()
         found = [self.likelihood.each(self.net(given, context, order)).log_prob(u).sum(-1) for order in orders]
         log_p = found[0] if len(found) == 1 else torch.stack(found).logsumexp(0) - math.log(len(found))
-        return log_p - self.scale.log().sum() if self.standardised else log_p
+        return log_p if ladj is None else log_p + ladj
+
+    def _seen(self, context: Tensor | None) -> Tensor | None:
+        return context if self.given is None or context is None else self.given(context)[0]
 
     @torch.no_grad()
     def sample(self, rows: int, context: Tensor | None = None) -> Tensor:
         """Draws ``(rows, *event_shape)``, given ``(rows, context_features)``."""
-        count = 1 if self.orders is None else len(self.orders)
+        count, context = 1 if self.orders is None else len(self.orders), self._seen(context)
         if count == 1:
             x = self._draw(rows, context, 0)
         else:
@@ -117,8 +112,8 @@ class Conditionals(nn.Module):
             x = like.new_zeros(rows, self.features)
             for k in range(count):  # every row under every order: no size of a tensor depends on what is drawn
                 x = torch.where(picked == k, self._draw(rows, context, k), x)
-        if self.standardised:
-            x = self.loc + self.scale * x
+        if self.units is not None:
+            x, _ = self.units.inverse(x)
         shaped: Tensor = x.unflatten(-1, self.event_shape)
         return shaped
 

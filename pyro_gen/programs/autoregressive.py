@@ -83,7 +83,7 @@ class Autoregressive(Exact):
         one_hot: how levels enter the network: as a vector of zeros and a one, or as a number in [−1, 1]; None is the
             vector for ``"categorical"``, the number for others.
 
-    Real data are standardised inside, by the mean and standard deviation of the data that the first `fit` sees
+    Real data and contexts are standardised inside, by mean and standard deviation of what the first `fit` sees
     (:meth:`initialise`); densities and draws are in the units of the data all the same.
 
     Raises:
@@ -176,8 +176,8 @@ class Autoregressive(Exact):
         self.model.conditionals.likelihood.check_training(x)
 
     def initialise(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Take location and scale of real data from those given: once, before the first step of training."""
-        self.model.conditionals.initialise(x)
+        """Take location and scale of real data, and of contexts, from those given: once, before training begins."""
+        self.model.conditionals.initialise(*self.check(x, context))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p of each row: ``(rows,)``, in nats; one pass of the network (one an order)."""

@@ -284,9 +284,9 @@ def _agree(
         if there.numel():
             same = one[1][name] == there  # an infinite entry of a buffer may stay what it is
             apart = float((one[1][name] - there).abs().masked_fill(same, 0.0).max())
-            way, size = (t.abs().masked_fill(same, 0.0).max() for t in (way, there))
-            most = 1e-2 * float(way) + 1e-6 * float(size)
-            expect(apart <= most, f"{what}: {name!r} differs by {apart:.2g}, of a way of {float(way):.2g}")
+            gone, largest = (float(t.abs().masked_fill(same, 0.0).max()) for t in (way, there))
+            most = 1e-2 * gone + 1e-6 * largest
+            expect(apart <= most, f"{what}: {name!r} differs by {apart:.2g}, of a way of {gone:.2g}")
 
 
 def check_traced(

@@ -189,7 +189,8 @@ def test_draws_are_those_of_one_pass_a_value(name: str) -> None:
         program = Autoregressive(3, order=[1, 2, 0], **HIDDEN).double()
         program.load_state_dict(moved(CASES[name][0](), 1.0).state_dict())
         parts = program.model.conditionals
-    program.initialise(3 * real() + 1)
+    if parts.units is not None:
+        program.initialise(3 * real() + 1)
     order = parts.orders[0] if parts.orders else (0, 1, 2)
     torch.manual_seed(5)
     u = torch.zeros(50, 3).double()
@@ -197,7 +198,7 @@ def test_draws_are_those_of_one_pass_a_value(name: str) -> None:
         for i in order:
             numbers = parts.net(parts.embed(u).flatten(-2), None, torch.tensor(order))
             u[:, i] = parts.likelihood.each(numbers[:, i], i).sample()
-        expected = parts.loc + parts.scale * u if parts.standardised else u
+        expected = u if parts.units is None else parts.units.inverse(u)[0]
     torch.manual_seed(5)
     torch.testing.assert_close(program.distribution().sample((50,)), expected, rtol=1e-9, atol=1e-9)
 
@@ -361,8 +362,8 @@ def test_initialise_takes_the_first_data_only() -> None:
     program = Autoregressive(2, "normal", **HIDDEN)
     program.initialise(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
     state = program.state_dict()
-    assert state["model.conditionals.loc"].tolist() == [2.0, 5.0]
-    assert state["model.conditionals.scale"].tolist() == [1.0, 1.0]  # a constant has no scale to divide by
+    assert state["model.conditionals.units.loc"].tolist() == [2.0, 5.0]
+    assert state["model.conditionals.units.scale"].tolist() == [1.0, 1.0]  # a constant has no scale to divide by
     before = program.log_prob(torch.ones(1, 2))
     program.initialise(torch.randn(10, 2))
     assert torch.equal(before, program.log_prob(torch.ones(1, 2)))
