@@ -58,8 +58,7 @@ def best_of(candidates: dict[str, tuple[Callable[[], Any], dict[str, Any]]], dat
         print(f"  candidate {name}: validation {held:.2f} (median of {seeds})", flush=True)
     best = max(runs, key=lambda name: statistics.median(value for _, value, _ in runs[name]))
     return [
-        Score(pg.log_evidence(program, test, method=pg.ImportanceSampling(1)).value, seconds=seconds, note=best)
-        for program, _, seconds in runs[best]
+        Score(pg.log_evidence(program, test).value, seconds=seconds, note=best) for program, _, seconds in runs[best]
     ]
 
 

@@ -39,6 +39,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autosummary_generate = False
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_preprocess_types = False
 
 sphinx_gallery_conf = {

@@ -15,6 +15,7 @@ TITLES = {  # module of the package -> title of its page, in the order of the pa
     "programs": "Programs: the families",
     "base": "Contracts: kinds, objectives, evidence",
     "objectives": "Objectives",
+    "transforms": "Transforms: the layers of flows",
     "fitting": "Fitting",
     "bayes": "Posteriors of the weights",
     "posteriors": "Posteriors of the weights",

@@ -20,14 +20,16 @@ REPEATS = 16  # of a density that is estimated, to know its error
 __all__ = ["exact_evidence", "log_evidence", "require_bounded"]
 
 
-def log_evidence(program: Program, x: Tensor, context: Tensor | None = None, *, method: EvidenceMethod) -> Evidence:
+def log_evidence(
+    program: Program, x: Tensor, context: Tensor | None = None, *, method: EvidenceMethod | None = None
+) -> Evidence:
     r"""Log-evidence of each row, :math:`\log p(x_n)`: the latents integrated out, with its kind and its error.
 
     Args:
         program: the model whose evidence it is; the method says which kinds it can answer for.
         x: data of shape ``(rows, *event_shape)``.
         context: ``(rows, *context_shape)``, for a conditional program.
-        method: how, as ``pg.ImportanceSampling(5000)``. An exact program answers exactly, whatever the method.
+        method: how, as ``pg.ImportanceSampling(5000)``. An exact program needs none and answers exactly whatever it is.
 
     Returns:
         :class:`Evidence` with one entry a row, in nats, float64 on the CPU; ``.mean()`` and ``.sum()`` carry its error.
@@ -49,6 +51,8 @@ def log_evidence(program: Program, x: Tensor, context: Tensor | None = None, *, 
         if hasattr(program, "history"):
             hint = ": pass result.program"
         raise TypeError(f"log_evidence takes a program, got {describe(program)}{hint}")
+    if method is None and isinstance(program, Exact):
+        return exact_evidence(program, x, context)
     if isinstance(method, type) or not isinstance(method, EvidenceMethod):
         raise TypeError(f"method must be a method of evidence, as pg.ImportanceSampling(5000); got {describe(method)}")
     return method.log_evidence(program, x, context)

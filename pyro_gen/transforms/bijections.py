@@ -179,9 +179,12 @@ class Compose(Bijection):
     @torch.no_grad()
     def initialise(self, x: Tensor, context: Tensor | None = None) -> None:
         x, context = self.broadcast(x, context)
-        for part in self._parts():
+        parts = self._parts()
+        starting = [i for i, part in enumerate(parts) if _starts_from_data(part)]
+        for i, part in enumerate(parts[: max(starting, default=-1) + 1]):
             part.initialise(x, context)
-            x, _ = part(x, context)
+            if i < starting[-1]:  # what comes after the last of them need not be computed
+                x, _ = part(x, context)
 
 
 class Inverse(Bijection):
@@ -219,11 +222,15 @@ class Inverse(Bijection):
         Raises:
             TypeError: if a part of the bijection starts from data.
         """
-        if any(getattr(part, "data_dependent", False) for part in self.bijection.modules()):
+        if _starts_from_data(self.bijection):
             raise TypeError(
                 f"{type(self.bijection).__name__} has a part that starts from data at the input of its own forward, "
                 "so it cannot do so backwards: call initialise on it before you invert it"
             )
+
+
+def _starts_from_data(bijection: Bijection) -> bool:
+    return any(getattr(part, "data_dependent", False) for part in bijection.modules())
 
 
 class Permute(Bijection):

@@ -104,7 +104,7 @@ PROMISED = """
     Diffusion(event_shape, network=None, schedule="cosine", timesteps=1000, prediction="epsilon")
     fit(module, data, *, steps=None, epochs=None, batch_size=None, optimizer=None, lr=1e-3, validation=None, compile="auto", device=None, seed=None, progress=None, checkpoint=None)
     posterior(module, data, *, prior, method, seed=None, progress=None)
-    log_evidence(program, x, context=None, *, method)
+    log_evidence(program, x, context=None, *, method=None)
     log_normalizer(program, *, method)
     to_inference_data(source, data=None)
     Exact.log_prob(self, x, context=None)
