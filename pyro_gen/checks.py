@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-__all__ = ["as_shape", "check_count", "check_rows", "describe"]
+__all__ = ["as_shape", "check_count", "check_rows", "check_sizes", "describe"]
 
 
 def as_shape(shape: int | tuple[int, ...], name: str = "event_shape") -> torch.Size:
@@ -64,6 +65,13 @@ def check_count(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an int of at least 1, got {describe(value)}")
     return value
+
+
+def check_sizes(value: Any, name: str = "hidden") -> tuple[int, ...]:
+    """Sizes of layers, a tuple of positive ints; a ``ValueError`` that names the argument otherwise."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{name} must be a sequence of sizes such as (128, 128), got {describe(value)}")
+    return tuple(check_count(size, name) for size in value)
 
 
 def describe(thing: Any) -> str:

@@ -33,7 +33,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
 
 from pyro_gen.base import Program, announce
-from pyro_gen.checks import check_count, describe
+from pyro_gen.checks import check_count, check_sizes, describe
 from pyro_gen.guides.conditional import ConditionalFlow, quiet_start
 from pyro_gen.guides.latents import Latent, Layout, read_layout
 from pyro_gen.nn import MLP
@@ -103,12 +103,10 @@ class AmortizedFlow(nn.Module):
             raise TypeError(f"model must be a callable Pyro program, got {describe(model)}")
         if not (embedding is None or callable(embedding)):
             raise TypeError(f"embedding must be a callable that gives (rows, features), got {describe(embedding)}")
-        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-            raise ValueError(f"hidden must be a sequence of sizes such as (64, 64), got {describe(hidden)}")
         if isinstance(init_scale, bool) or not isinstance(init_scale, (int, float)) or not init_scale > 0:
             raise ValueError(f"init_scale must be a positive number, got {describe(init_scale)}")
         check_transform(transform)
-        self.hidden = tuple(check_count(h, "hidden") for h in hidden)
+        self.hidden = check_sizes(hidden)
         if context_features is None:
             context_features = self.hidden[-1] if self.hidden else 8
         self.options: dict[str, Any] = {

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_gen.base import Program, announce
-from pyro_gen.checks import check_count, describe
+from pyro_gen.checks import check_count, check_sizes, describe
 from pyro_gen.transforms.bijections import Bijection, Inverse
 from pyro_gen.transforms.stacks import TransformName, check_transform, stack
 
@@ -166,12 +166,10 @@ class NeuTra(AutoNormalizingFlow):  # type: ignore[misc, unused-ignore]
     ) -> None:
         if isinstance(model, Program) or not callable(model):
             raise TypeError(f"model must be a Pyro callable (of a program, program.model), got {describe(model)}")
-        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-            raise ValueError(f"hidden must be a sequence of sizes such as (64, 64), got {describe(hidden)}")
         name = check_transform(transform)
         options: dict[str, Any] = {
             "layers": check_count(layers, "layers"),
-            "hidden": tuple(check_count(h, "hidden") for h in hidden),
+            "hidden": check_sizes(hidden),
             "bins": check_count(bins, "bins"),
         }
         super().__init__(model, partial(_from_noise, name, options))  # type: ignore[no-untyped-call]

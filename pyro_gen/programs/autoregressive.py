@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_gen.base import Exact, context_error, event_names
-from pyro_gen.checks import as_shape, check_count, describe
+from pyro_gen.checks import as_shape, check_count, check_sizes, describe
 from pyro_gen.distributions.autoregressive import AutoregressiveDistribution, Conditionals
 from pyro_gen.distributions.likelihoods import likelihood as named_likelihood
 
@@ -124,9 +124,7 @@ class Autoregressive(Exact):
     ) -> None:
         event = as_shape(event_shape)
         context = None if context_shape is None else as_shape(context_shape, "context_shape")
-        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-            raise ValueError(f"hidden must be a sequence of sizes such as (128, 128), got {describe(hidden)}")
-        hidden = tuple(check_count(size, "hidden") for size in hidden)
+        hidden = check_sizes(hidden)
         if not isinstance(likelihood, str):
             raise ValueError(f"likelihood must be a name such as 'bernoulli', got {describe(likelihood)}")
         if likelihood == "normal" and scale not in (None, "predicted", "feature"):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_gen.base import Exact, context_error, event_names
-from pyro_gen.checks import as_shape, check_count, describe
+from pyro_gen.checks import as_shape, check_sizes, describe
 from pyro_gen.distributions.bases import base_of
 from pyro_gen.distributions.flow import FlowDistribution, support_of
 from pyro_gen.distributions.likelihoods import refuse_constant
@@ -140,9 +140,7 @@ class Flow(Exact):
         if not len(event):
             raise ValueError("event_shape must have at least one dimension: a flow of numbers is one of vectors of 1")
         context = None if context_shape is None else as_shape(context_shape, "context_shape")
-        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-            raise ValueError(f"hidden must be a sequence of sizes such as (128, 128), got {describe(hidden)}")
-        hidden = tuple(check_count(h, "hidden") for h in hidden)
+        hidden = check_sizes(hidden)
         name = transform if isinstance(transform, Bijection) else check_transform(transform)
         torus = isinstance(name, str) and name.startswith("circular")
         box = base == "uniform" and not torus

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_gen.base import Bounded, Exact, Program, event_names
-from pyro_gen.checks import as_shape, check_count, describe
+from pyro_gen.checks import as_shape, check_count, check_sizes, describe
 from pyro_gen.distributions.bases import StandardNormal, base_of
 from pyro_gen.distributions.flow import FlowDistribution
 from pyro_gen.distributions.likelihoods import Likelihood, Scale
@@ -240,9 +240,7 @@ class VAE(Bounded):
         event, check_dim = as_shape(event_shape), check_count(latent_dim, "latent_dim")
         context = None if context_shape is None else as_shape(context_shape, "context_shape")
         context_features = 0 if context is None else context.numel()
-        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-            raise ValueError(f"hidden must be a sequence of sizes such as (128, 128), got {describe(hidden)}")
-        hidden = tuple(check_count(h, "hidden") for h in hidden)
+        hidden = check_sizes(hidden)
         if guide not in get_args(GuideName):
             raise ValueError(f"guide must be 'diagonal', 'full_rank' or 'flow', got {describe(guide)}")
         observe = _likelihood(likelihood, event, scale, levels)
