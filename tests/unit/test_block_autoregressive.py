@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from jacobians import jacobian_gap
 from torch import Tensor
-from unit.test_numerical_inverse import SPREADS, jacobian_gap, lattice, mass, randomise
+from unit.test_numerical_inverse import SPREADS, lattice, mass, randomise
 
 from pyro_gen.transforms.block_autoregressive import BlockAutoregressive, _BlockLinear
 from pyro_gen.transforms.numerical import Triangular, increasing_root

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from jacobians import jacobian_gap, jacobians, worst
 from torch import Tensor, nn
 from torch.func import functional_call, jacfwd, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -85,36 +86,6 @@ def randomise(bijection: nn.Module, spread: float) -> None:
 def inputs(bijection: Bijection, dtype: torch.dtype = torch.double, rows: int = ROWS) -> tuple[Tensor, Tensor | None]:
     x, context = torch.randn(rows, bijection.features, dtype=dtype), torch.randn(rows, C, dtype=dtype)
     return x, context if bijection.context_features else None
-
-
-def worst(found: Tensor, expected: Tensor, tolerance: Tensor) -> float:
-    """The largest error in units of what is allowed; not finite counts as wrong."""
-    ratio = ((found - expected).abs() / tolerance).detach()
-    return float(torch.nan_to_num(ratio, nan=math.inf).max())
-
-
-def jacobians(bijection: Bijection, x: Tensor, context: Tensor | None) -> Tensor:
-    """dy/dx of every row, ``(rows, D, D)``."""
-
-    def one(row: Tensor, given: Tensor | None) -> Tensor:
-        result: Tensor = bijection(row, given)[0]
-        return result
-
-    found: Tensor = vmap(jacrev(one), in_dims=(0, None if context is None else 0))(x, context)
-    return found
-
-
-def jacobian_gap(bijection: Bijection, x: Tensor, context: Tensor | None) -> float:
-    """Error of ``forward``'s log-determinant against autograd, in units of its rounding.
-
-    log|det| changes by tr(J⁻¹E) ≤ D ‖J⁻¹‖ ‖E‖ under the rounding E of J and of its factorisation, ‖E‖ ≤ c D ε ‖J‖, so
-    c D² ε cond(J) is allowed; c = 100 covers the depth of the networks behind J's entries.
-    """
-    _, ladj = bijection(x, context)
-    assert ladj.shape == x.shape[:-1]
-    jacobian = jacobians(bijection, x, context)
-    allowed = 100 * x.shape[-1] ** 2 * torch.finfo(x.dtype).eps * (torch.linalg.cond(jacobian) + ladj.abs())
-    return worst(ladj, torch.linalg.slogdet(jacobian).logabsdet, allowed)
 
 
 def round_trip_gap(bijection: Bijection, x: Tensor, context: Tensor | None) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from jacobians import jacobian_gap, jacobians
 from torch import Tensor
-from unit.test_numerical_inverse import SPREADS, jacobian_gap, jacobians, lattice, mass, randomise
+from unit.test_numerical_inverse import SPREADS, lattice, mass, randomise
 
 from pyro_gen.transforms.bijections import Inverse
 from pyro_gen.transforms.numerical import triangular_root

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from jacobians import jacobian_gap, jacobians, worst
 from torch import Tensor
 from torch.func import functional_call, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -93,37 +94,6 @@ def inputs(bijection: Bijection, dtype: torch.dtype = torch.double) -> tuple[Ten
 
 def pick(bijection: Bijection, context: Tensor) -> Tensor | None:
     return context if bijection.context_features else None
-
-
-def worst(found: Tensor, expected: Tensor, tolerance: Tensor) -> float:
-    """The largest error in units of what is allowed; not finite counts as wrong."""
-    ratio = ((found - expected).abs() / tolerance).detach()
-    return float(torch.nan_to_num(ratio, nan=math.inf).max())
-
-
-def jacobians(bijection: Bijection, x: Tensor, context: Tensor | None) -> Tensor:
-    """dy/dx of every row, ``(rows, D, D)``."""
-
-    def one(row: Tensor, given: Tensor | None) -> Tensor:
-        result: Tensor = bijection(row, given)[0]
-        return result
-
-    found: Tensor = vmap(jacrev(one), in_dims=(0, None if context is None else 0))(x, context)
-    return found
-
-
-def jacobian_gap(bijection: Bijection, x: Tensor, context: Tensor | None) -> float:
-    """Error of the log-determinant of ``forward`` against autograd, in units of rounding.
-
-    log|det| has the first-order change tr(J⁻¹E) ≤ D ‖J⁻¹‖ ‖E‖ under the rounding E of J and its factorisation, ‖E‖ ≤ c
-    D ε ‖J‖, so the allowance is c D² ε cond(J); c = 100 covers the depth of the networks behind J's entries.
-    """
-    _, ladj = bijection(x, context)
-    assert ladj.shape == x.shape[:-1]
-    jacobian = jacobians(bijection, x, context)
-    epsilon = torch.finfo(x.dtype).eps
-    allowed = 100 * x.shape[-1] ** 2 * epsilon * (torch.linalg.cond(jacobian) + ladj.abs())
-    return worst(ladj, torch.linalg.slogdet(jacobian).logabsdet, allowed)
 
 
 @pytest.mark.parametrize("name", CASES)
