@@ -38,7 +38,9 @@ SIZES = {"train": 50_000, "validation": 10_000, "test": 100_000}
 FORMS, MIXINGS, RATES = ("autoregressive", "coupling"), ("flip", "lu"), (1e-3, 3e-3)
 BATCH = 512
 FINALISTS, LONGER = 2, 3  # of the search: how many get more time, and how many times more
-NAMES = {"ours": "pyro_gen"}
+NAMES = {"ours": "pyro_gen", "ours_relu": 'pyro_gen, `activation="relu"`'}
+ROWS = ("ours", "ours_relu", *LIBRARIES[1:])  # of the tables
+SETTINGS: dict[str, dict[str, str]] = {"ours_relu": {"activation": "relu"}}  # else the library's default
 Record = dict[str, Any]
 
 
@@ -87,13 +89,14 @@ def configurations() -> list[Record]:
 
 
 def fit(
-    worker: Worker, configuration: Record, target: str, folder: Path, parameters: int, **options: Any
+    library: str, worker: Worker, configuration: Record, target: str, folder: Path, parameters: int, **options: Any
 ) -> tuple[Record, Record]:
     """Specification with the hidden size of this number of parameters, and the worker's report."""
     layout = {
         "form": configuration["form"],
         "mixing": configuration["mixing"],
         "features": TARGETS[target].dim,
+        **SETTINGS.get(library, {}),
     }
     size = worker("size", parameters=parameters, **layout)
     specification = layout | {"hidden": size["hidden"]}
@@ -113,7 +116,7 @@ def search(target: str, workers: dict[str, Worker], results: Results, seconds: f
         key = ["search", target, library, *configuration.values(), seconds]
         if tuple(key) in results.records:
             return
-        layout, report = fit(worker, configuration, target, folder, parameters, seconds=seconds, seed=0)
+        layout, report = fit(library, worker, configuration, target, folder, parameters, seconds=seconds, seed=0)
         results.add({"key": key, "configuration": configuration, "layout": layout, **report})
         print(f"search {target} {library} {configuration} {seconds} s: {report['validation']:.4f}", flush=True)
 
@@ -167,7 +170,7 @@ def final(
                 continue
             path = results.log_q(target, library, seed)
             layout, report = fit(
-                worker, configuration, target, folder, parameters, seconds=seconds, seed=seed, output=str(path)
+                library, worker, configuration, target, folder, parameters, seconds=seconds, seed=seed, output=str(path)
             )
             judged = summarise(log_p, np.load(path))
             numbers = {
@@ -256,7 +259,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="folder of the peers' environments")
     parser.add_argument("--results", type=Path, default=ROOT / ".benchmark-results" / "flow_kl")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
+    parser.add_argument("--libraries", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of a fit")
     parser.add_argument("--search-seconds", type=float, default=10.0, help="CPU seconds of a first fit of the search")
@@ -280,11 +283,14 @@ def main() -> None:
         results.forget(options.targets, options.libraries)
     if not options.table:
         with ExitStack() as stack:
-            workers = {name: stack.enter_context(Worker(name, options.environments)) for name in options.libraries}
+            workers = {
+                name: stack.enter_context(Worker(name.removesuffix("_relu"), options.environments))
+                for name in options.libraries
+            }
             for target in options.targets:
                 search(target, workers, results, options.search_seconds, sizes)
                 final(target, workers, results, options.seconds, options.search_seconds, options.seeds, sizes)
-    text = [table(target, list(LIBRARIES), results, options.seconds, options.seeds) for target in options.targets]
+    text = [table(target, list(ROWS), results, options.seconds, options.seeds) for target in options.targets]
     used = {k[2]: r["versions"] for k, r in results.records.items() if k[0] == "final" and k[2] in LIBRARIES}
     known = ", ".join(f"{NAMES.get(name, name)} {used[name]['library']}" for name in LIBRARIES if name in used)
     note = (

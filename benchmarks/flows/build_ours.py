@@ -1,16 +1,11 @@
-"""pyro_gen: `pg.Flow`, which has the two forms and both mixings by name. Its activation is silu.
-
-For the rows with ReLU, which `pg.Flow` has no option for, its bijection is put together from the layers.
-"""
+"""pyro_gen: `pg.Flow`, which has the two forms and both mixings by name. Its activation is silu."""
 
 from __future__ import annotations
 
 from contract import Specification
 from torch import Tensor, nn
-from torch.nn.functional import relu
 
 import pyro_gen as pg
-from pyro_gen.transforms import Bijection, Compose, Flip, MaskedAutoregressive, Spline
 
 
 class Flow(nn.Module):
@@ -36,24 +31,17 @@ class Flow(nn.Module):
 
 def build(s: Specification) -> nn.Module:
     # the rows of the benchmarks are standardised for every library alike
-    if s.activation == "default":
-        return Flow(
-            pg.Flow(
-                s.features,
-                "spline_autoregressive" if s.form == "autoregressive" else "spline_coupling",
-                s.layers,
-                (s.hidden, s.hidden),
-                direction=s.direction,
-                standardise=False,
-                mixing=s.mixing,
-                bins=s.bins,
-                bound=s.bound,
-            )
+    return Flow(
+        pg.Flow(
+            s.features,
+            "spline_autoregressive" if s.form == "autoregressive" else "spline_coupling",
+            s.layers,
+            (s.hidden, s.hidden),
+            direction=s.direction,
+            standardise=False,
+            mixing=s.mixing,
+            bins=s.bins,
+            bound=s.bound,
+            activation="silu" if s.activation == "default" else s.activation,
         )
-    if (s.form, s.mixing, s.direction) != ("autoregressive", "flip", "density"):
-        raise ValueError(f"with ReLU there is the plain autoregressive flow alone, not {s}")
-    parts: list[Bijection] = []
-    for i in range(s.layers):
-        layer = MaskedAutoregressive(Spline(s.bins, s.bound), s.features, (s.hidden, s.hidden), activation=relu)
-        parts += [Flip(s.features), layer] if i else [layer]
-    return Flow(pg.Flow(s.features, Compose(parts), standardise=False))
+    )

@@ -36,7 +36,7 @@ from pyro_gen.distributions.flow import FlowDistribution, support_of
 from pyro_gen.distributions.likelihoods import refuse_constant
 from pyro_gen.nn.snapshot import snapshot
 from pyro_gen.transforms import Bijection, Compose, Interval, Rescale, Standardise, StickBreaking
-from pyro_gen.transforms.stacks import Mixing, TransformName, check_transform, stack
+from pyro_gen.transforms.stacks import ActivationName, Mixing, TransformName, check_transform, stack
 
 __all__ = ["Flow"]
 
@@ -102,6 +102,8 @@ class Flow(Exact):
         standardise: centre and scale by the training data, inside the density: ``fit`` does it, or call `initialise`.
         mixing: what stands between layers: ``"lu"``, ``"rotation"``, ``"permutation"`` or ``"flip"``.
         bins, bound: of the splines: bins on [−bound, bound].
+        activation: of the networks: ``"silu"``, ``"gelu"``, ``"tanh"`` (smooth densities, with a score everywhere), or
+            ``"relu"`` (kinks; nearer to data with edges).
 
     Raises:
         ValueError: for unknown names, or options that do not go together.
@@ -135,6 +137,7 @@ class Flow(Exact):
         bins: int = 8,
         bound: float = 5.0,
         components: int = 10,
+        activation: ActivationName = "silu",
     ) -> None:
         event = as_shape(event_shape)
         if not len(event):
@@ -153,6 +156,7 @@ class Flow(Exact):
         core = _core(
             name, features, layers, hidden, 0 if context is None else context.numel(), direction,
             bins=bins, bound=bound, mixing="flip" if box and mixing is None else mixing,
+            activation=activation,
         )  # fmt: skip
         if box and mixing in ("lu", "rotation"):
             raise ValueError(f"mixing={mixing!r} would leave the box of base='uniform': use 'flip' or 'permutation'")
@@ -184,6 +188,7 @@ class Flow(Exact):
                 "bins": bins,
                 "bound": bound,
                 "components": components,
+                "activation": activation,
             }
 
     def check(self, x: Any, context: Any = None) -> tuple[Tensor, ...]:

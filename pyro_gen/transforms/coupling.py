@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_gen.nn.mlp import MLP
 from pyro_gen.transforms.elementwise import ElementwiseMap, Mapped
@@ -31,6 +31,7 @@ class Coupling(Mapped):
         features: size D of the vectors, at least 2.
         hidden: sizes of the hidden layers of the network.
         context_features: size of the context, 0 for none.
+        activation: class of the activation between the network's layers.
         swap: map the first half given the second; by default the second (the larger where D is odd) given the first.
 
     References:
@@ -52,6 +53,7 @@ class Coupling(Mapped):
         hidden: Sequence[int] = (128, 128),
         context_features: int = 0,
         *,
+        activation: type[nn.Module] = nn.SiLU,
         swap: bool = False,
     ) -> None:
         super().__init__(transformer, features, context_features)
@@ -64,7 +66,8 @@ class Coupling(Mapped):
         self.split = features // 2
         given, mapped = (features - self.split, self.split) if swap else (self.split, features - self.split)
         outputs = mapped * transformer.params
-        self.net = MLP(given * transformer.embedding, outputs, hidden, context_features=context_features)
+        inputs = given * transformer.embedding
+        self.net = MLP(inputs, outputs, hidden, context_features=context_features, activation=activation)
         with torch.no_grad():
             for parameter in self.net.layers[-1].parameters():
                 parameter.mul_(START)
