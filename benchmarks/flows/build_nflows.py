@@ -9,6 +9,7 @@ from nflows.distributions.normal import StandardNormal
 from nflows.flows.base import Flow as Base
 from nflows.nn.nets import MLP
 from torch import Tensor, nn
+from torch.nn.functional import relu, silu
 
 
 class Network(MLP):
@@ -34,8 +35,9 @@ class Flow(nn.Module):
 
 
 def build(s: Specification) -> nn.Module:
-    if s.direction != "density" or s.activation not in ("default", "relu"):
-        raise ValueError(f"nflows has no {s}")
+    if s.direction != "density":
+        raise ValueError("nflows' splines are built in the direction of the density")
+    activation = silu if s.activation == "silu" else relu
     parts: list[nn.Module] = []
     for i, swap in enumerate(s.swaps):
         if s.mixing == "lu":
@@ -52,6 +54,7 @@ def build(s: Specification) -> nn.Module:
                     tail_bound=s.bound,
                     num_blocks=1,
                     use_residual_blocks=False,
+                    activation=activation,
                 )
             )
         else:
@@ -59,7 +62,7 @@ def build(s: Specification) -> nn.Module:
             parts.append(
                 transforms.PiecewiseRationalQuadraticCouplingTransform(
                     (half if swap else ~half).int(),
-                    lambda given, out: Network((given,), (out,), [s.hidden, s.hidden]),
+                    lambda given, out: Network((given,), (out,), [s.hidden, s.hidden], activation),
                     num_bins=s.bins,
                     tails="linear",
                     tail_bound=s.bound,

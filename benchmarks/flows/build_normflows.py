@@ -39,6 +39,7 @@ def reversal(features: int) -> nn.Module:
 def build(s: Specification) -> nn.Module:
     if s.direction != "density":
         raise ValueError("normflows' splines are built in the direction of the density")
+    activation = nn.SiLU if s.activation == "silu" else nn.ReLU
     parts: list[nn.Module] = []
     for i, swap in enumerate(s.swaps):
         if i and s.mixing == "flip" and s.form == "autoregressive":
@@ -46,13 +47,19 @@ def build(s: Specification) -> nn.Module:
         if s.form == "autoregressive":
             parts.append(
                 flows.AutoregressiveRationalQuadraticSpline(
-                    s.features, 1, s.hidden, num_bins=s.bins, tail_bound=int(s.bound)
+                    s.features, 1, s.hidden, num_bins=s.bins, tail_bound=int(s.bound), activation=activation
                 )
             )
         else:
             parts.append(
                 flows.CoupledRationalQuadraticSpline(
-                    s.features, 1, s.hidden, num_bins=s.bins, tail_bound=s.bound, reverse_mask=swap
+                    s.features,
+                    1,
+                    s.hidden,
+                    num_bins=s.bins,
+                    tail_bound=s.bound,
+                    reverse_mask=swap,
+                    activation=activation,
                 )
             )
         if s.mixing == "lu":

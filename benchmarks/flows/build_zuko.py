@@ -34,10 +34,13 @@ def build(s: Specification) -> nn.Module:
     if s.direction != "density":
         raise ValueError("zuko's flows are built in the direction of the density")
     hidden = (s.hidden, s.hidden)
+    activation = nn.SiLU if s.activation == "silu" else nn.ReLU
     if s.form == "autoregressive":
         if s.bound != 5.0:
             raise ValueError("zuko's NSF has its box at 5")
-        flow = zuko.flows.NSF(s.features, bins=s.bins, transforms=s.layers, hidden_features=hidden)
+        flow = zuko.flows.NSF(
+            s.features, bins=s.bins, transforms=s.layers, hidden_features=hidden, activation=activation
+        )
     else:
         flow = NICE(
             s.features,
@@ -45,6 +48,7 @@ def build(s: Specification) -> nn.Module:
             univariate=lambda *phi: spline(*phi, bound=s.bound),
             shapes=[(s.bins,), (s.bins,), (s.bins - 1,)],
             hidden_features=hidden,
+            activation=activation,
         )
     if s.mixing == "lu":
         parts = []

@@ -4,7 +4,7 @@ Every flow has standard normal noise, `layers` layers of rational-quadratic spli
 and linear tails, whose parameters come from a network of two hidden layers of `hidden` units. Its parallel direction is
 that of the density. Between autoregressive layers the order of features is reversed; with `mixing="lu"` a trained
 matrix in LU form stands before every layer (in normflows, which permutes there at random, in place of the reversal).
-Everything else is the library's own default, the activation included (silu in pyro_gen, ReLU in the others).
+Everything else is the library's own default, the activation too unless it is named (silu in pyro_gen, ReLU elsewhere).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Specification:
     layers: int = 3
     bins: int = 8
     bound: float = 5.0
-    activation: Literal["default", "relu"] = "default"
+    activation: Literal["default", "relu", "silu"] = "default"
     direction: Literal["density", "sampling"] = "density"  # "sampling" is ours alone
 
     @property

@@ -204,6 +204,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "layers": (lambda: pg.Flow(2, layers=0), "layers must be an int of at least 1"),
     "direction": (lambda: pg.Flow(2, direction="fast"), "direction must be 'density' or 'sampling'"),
     "mixing": (lambda: pg.Flow(2, mixing="shuffle"), "mixing must be one of lu, rotation, permutation, flip"),
+    "activation": (lambda: pg.Flow(2, activation="swish"), "activation must be one of silu, relu, tanh, gelu"),
     "coupling of one": (lambda: pg.Flow(1, "spline_coupling"), "features must be at least 2"),
     "base": (lambda: pg.Flow(2, base="cauchy"), "base must be 'normal', 'student_t', 'mixture'"),
     "base shape": (lambda: pg.Flow(2, base=dist.Normal(0.0, 1.0)), "base must have event shape (2,)"),
@@ -262,6 +263,7 @@ def test_wrong_types_are_named() -> None:
     [
         {}, {"support": ([0.0, -1.0], [1.0, math.inf])}, {"context_shape": 2}, {"base": "student_t"},
         {"transform": "circular_autoregressive"}, {"mixing": "permutation", "support": "positive"},
+        {"activation": "relu", "transform": "spline_coupling"},
     ],
 )  # fmt: skip
 def test_a_fit_is_saved_and_loaded(tmp_path: Path, options: dict[str, Any]) -> None:
@@ -296,6 +298,17 @@ def test_every_name_makes_a_flow_that_trains() -> None:
         result = pg.fit(pg.MaximumLikelihood()(flow), x, steps=5, lr=0.01, seed=0, progress=False)
         losses = result.history["loss"]
         assert losses[-1] < losses[0], name
+
+
+@pytest.mark.parametrize("transform", ["spline_coupling", "affine_autoregressive"])
+def test_the_activation_is_that_of_every_network(transform: str) -> None:
+    """The same weights under another activation give another density."""
+    names = {}
+    for activation in ("silu", "relu", "tanh", "gelu"):
+        torch.manual_seed(0)
+        flow = pg.Flow(2, transform, activation=activation, **SMALL)  # type: ignore[arg-type]
+        names[activation] = flow.log_prob(torch.randn(3, 2, generator=torch.Generator().manual_seed(0))).tolist()
+    assert len({tuple(values) for values in names.values()}) == 4
 
 
 def test_lu_mixing_turns_the_order_between_autoregressive_layers() -> None:

@@ -211,16 +211,18 @@ def record(stage: str, library: str, *rest: Any, **values: Any) -> flow_kl.Recor
 
 def test_results_resume_and_repeat(tmp_path: Path) -> None:
     results = flow_kl.Results(tmp_path)
-    for rate, nats in ((1e-3, -1.0), (3e-3, -0.9)):
-        setting = {"form": "coupling", "mixing": "flip", "lr": rate}
-        key = [*setting.values(), 20.0]
-        results.add(record("search", "ours", *key, configuration=setting, validation=nats))
-        results.add(record("search", "ours", *key[:-1], 5.0, configuration=setting, validation=-nats))
-        results.add(record("search", "zuko", *key, configuration=setting, validation=nats))
+    longer = flow_kl.LONGER * 10.0
+    for activation, nats in (("silu", -1.0), ("relu", -0.9)):
+        setting = {"form": "coupling", "mixing": "flip", "activation": activation}
+        key = list(setting.values())
+        results.add(record("search", "ours", *key, longer, configuration=setting, validation=nats))
+        results.add(record("search", "ours", *key, 10.0, configuration=setting, validation=-nats))
+        results.add(record("search", "zuko", *key, longer, configuration=setting, validation=nats))
     again = flow_kl.Results(tmp_path)
     assert again.records == results.records
-    assert flow_kl.chosen("moons", "ours", again, 20.0)["lr"] == 3e-3
-    assert flow_kl.chosen("moons", "ours", again, 5.0)["lr"] == 1e-3  # each budget of the search by itself
+    first, second = flow_kl.ranked("moons", "ours", again, 10.0)  # each budget of the search by itself
+    assert (first["activation"], second["activation"]) == ("silu", "relu")
+    assert flow_kl.chosen("moons", "ours", again, 10.0)["activation"] == "relu"  # by the fits that had more time
     again.forget(["moons"], ["ours"])
     assert {key[2] for key in flow_kl.Results(tmp_path).records} == {"zuko"}
 
@@ -228,18 +230,19 @@ def test_results_resume_and_repeat(tmp_path: Path) -> None:
 def test_table_says_who_is_ahead(tmp_path: Path) -> None:
     results = flow_kl.Results(tmp_path)
     (tmp_path / "moons").mkdir()
-    layout = {"form": "coupling", "parameters": 100, "mixing": "lu"}
+    setting = {"form": "coupling", "mixing": "lu", "activation": "relu"}
+    layout, chosen, longer = setting | {"parameters": 100}, list(setting.values()), flow_kl.LONGER * 10.0
     for library, kl in (("ours", 0.1), ("zuko", 0.2), ("nflows", 0.05)):
+        results.add(record("search", library, *chosen, longer, configuration=setting, validation=-1.0))
         for seed in (1, 2):
             value = kl + 0.001 * seed
             numbers = {"kl": value, "kl_error": 0.01, "median": 0.0, "quantile": 1.0, "steps": 10}
-            setting = {"lr": 1e-3}
-            results.add(record("final", library, seed, 60.0, configuration=setting, layout=layout, **numbers))
-            np.save(results.log_q("moons", library, seed), np.full(5, -value))
-    text = flow_kl.table("moons", ["ours", "zuko", "nflows", "normflows"], results, 60.0, seeds=2)
+            results.add(record("final", library, *chosen, seed, 60.0, configuration=setting, layout=layout, **numbers))
+            np.save(results.log_q("moons", library, setting, seed), np.full(5, -value))
+    text = flow_kl.table("moons", ["ours", "zuko", "nflows", "normflows"], results, 60.0, 10.0, seeds=2)
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.count("|") > 3}
     assert "0.1015 ± 0.0005" in lines["pyro_gen"]
     assert ", ahead" in lines["zuko"]
     assert ", behind" in lines["nflows"]
     assert "normflows" not in lines  # nothing was run for it
-    assert json.loads(results.path.read_text().splitlines()[0])["key"][0] == "final"
+    assert json.loads(results.path.read_text().splitlines()[0])["key"][0] == "search"
