@@ -47,10 +47,7 @@ def closed_kl(q: Any, p: Any) -> Tensor | None:
     None too for a ``Delta``: ``kl_divergence(Delta, p)`` drops its log-density, the Jacobian of an autoguide's
     transform, and with it a term of the bound (Pyro's ``TraceMeanField_ELBO`` has that error).
     """
-    base = q
-    while hasattr(base, "base_dist"):
-        base = base.base_dist
-    if type(base).__name__ == "Delta":
+    if type(handlers.innermost(q)).__name__ == "Delta":
         return None
     try:
         return kl_divergence(q, p)

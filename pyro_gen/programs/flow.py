@@ -27,7 +27,7 @@ import pyro
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
 from pyro_gen.base import Exact, context_error, event_names
 from pyro_gen.checks import as_shape, check_sizes, describe
@@ -95,8 +95,8 @@ class Flow(Exact):
         context_shape: shape of what a row is conditioned on.
         direction: what is fast: ``"density"`` of data, or ``"sampling"`` and the density of own draws.
         base: ``"normal"``, ``"student_t"`` (learnt degrees of freedom: heavy tails), ``"mixture"`` (learnt,
-            ``components`` Gaussians), ``"uniform"`` (on a box or torus), a distribution of event shape ``(D,)``, or a
-            module that gives one.
+            ``components`` Gaussians), ``"uniform"`` (on a box; on a torus, where ``"normal"`` means it too), a
+            distribution of event shape ``(D,)``, or a module that gives one.
         support: where the data lie: ``"real"``, ``"positive"``, ``"unit"`` (0 to 1), ``"simplex"``, or a pair of ends
             ``(low, high)``, numbers or one for each feature, infinite ones allowed.
         standardise: centre and scale by the training data, inside the density: ``fit`` does it, or call `initialise`.
@@ -149,6 +149,10 @@ class Flow(Exact):
         box = base == "uniform" and not torus
         if box and not (isinstance(name, str) and name.startswith("spline")):
             raise ValueError("base='uniform' is for flows that stay in a box or on a torus: splines, or circular ones")
+        if torus and base in ("student_t", "mixture"):
+            raise ValueError(f"base={base!r} has mass beyond the angles in [−π, π]: on a torus use base='uniform'")
+        if isinstance(name, Bijection) and standardise and not _on_reals(name):
+            raise ValueError(f"transform stands on {name.domain}, and standardising leaves it: pass standardise=False")
         ends = _ends(support, event, torus, bound if box else None)
         features = ends[-1].out_features if ends else event.numel()
         if standardise and not torus and not box:
@@ -303,6 +307,11 @@ def _stepwise(transform: str | Bijection, direction: str) -> Literal["log_prob",
     if not (isinstance(transform, str) and transform.endswith("autoregressive")):
         return None
     return "rsample" if direction == "density" else "log_prob"
+
+
+def _on_reals(bijection: Bijection) -> bool:
+    domain = bijection.domain
+    return isinstance(domain, constraints.independent) and domain.base_constraint is constraints.real
 
 
 def _named(support: Any) -> str:

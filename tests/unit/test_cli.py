@@ -31,7 +31,7 @@ COMMON = (
 OWN = {
     "vae": "likelihood levels scale latent-dim hidden network guide prior components objective particles gradient "
     "analytic-kl importance-samples",
-    "flow": "transform layers hidden direction base components support bins bound",
+    "flow": "transform layers hidden mixing activation direction base components support bins bound",
     "autoregressive": "likelihood levels components orders hidden",
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import pyro_gen as pg
-from pyro_gen.transforms import LUMixing, Spline, Standardise
+from pyro_gen.transforms import CircularSpline, Coupling, LUMixing, Spline, Standardise
 from pyro_gen.transforms.stacks import TRANSFORMS
 
 SMALL: dict[str, Any] = {"layers": 2, "hidden": (8,)}
@@ -196,6 +196,7 @@ def test_training_against_the_grain_is_said() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ what it says --
+CIRCLE = Coupling(CircularSpline(), 2, (4,))
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "transform": (lambda: pg.Flow(2, "nsf"), "transform must be a Bijection or one of spline_autoregressive, "),
     "no dimension": (lambda: pg.Flow(()), "at least one dimension"),
@@ -215,6 +216,8 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "support length": (lambda: pg.Flow(3, support=([0.0, 0.0], [1.0, 1.0])), "low must be a number or of shape (3,)"),
     "simplex of images": (lambda: pg.Flow((2, 2), support="simplex"), "events of one dimension"),
     "torus": (lambda: pg.Flow(2, "circular_coupling", support="unit"), "a support of its own"),
+    "torus base": (lambda: pg.Flow(2, "circular_coupling", base="student_t"), "mass beyond the angles"),
+    "angles standardised": (lambda: pg.Flow(2, CIRCLE), "pass standardise=False"),
     "torus mixing": (lambda: pg.Flow(2, "circular_coupling", mixing="lu"), "would leave the torus"),
     "box of affine": (lambda: pg.Flow(2, "affine_coupling", base="uniform", support=(0, 1)), "stay in a box"),
     "box without ends": (lambda: pg.Flow(2, base="uniform"), "support=(low, high) with finite numbers"),

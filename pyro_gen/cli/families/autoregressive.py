@@ -77,8 +77,7 @@ class AutoregressiveFamily(Family):
         return DigitsForm(cast(Literal[2, 17], levels), dequantize=dequantize or self.likelihood in REAL)
 
     def module(self, content: Data, options: dict[str, Any]) -> ObjectiveModule:
-        from pyro_gen.objectives import MaximumLikelihood
-        from pyro_gen.programs.autoregressive import Autoregressive
+        import pyro_gen as pg
 
         x, *context = content.train
         levels, likelihood = self.levels, self.likelihood
@@ -91,7 +90,7 @@ class AutoregressiveFamily(Family):
         likelihood = likelihood or "mixture_of_logistics"
         if likelihood in REAL:
             refuse_counts(x, ", or take --likelihood categorical or discretized_logistic with --levels N")
-        program = Autoregressive(
+        program = pg.Autoregressive(
             tuple(x.shape[1:]),
             likelihood,
             sizes(self.hidden),
@@ -100,4 +99,4 @@ class AutoregressiveFamily(Family):
             components=self.components,
             orders=self.orders,
         )
-        return MaximumLikelihood()(program)
+        return pg.MaximumLikelihood()(program)

@@ -51,6 +51,24 @@ class FlowFamily(Family):
     hidden: Annotated[
         str, typer.Option(metavar="SIZES", help="Hidden sizes of each layer's network.", rich_help_panel=_MODEL)
     ] = "128,128"
+    mixing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Between layers: [cyan]lu[/cyan] or [cyan]rotation[/cyan] (learnt), [cyan]permutation[/cyan] or "
+            "[cyan]flip[/cyan] (fixed).",
+            rich_help_panel=_MODEL,
+            show_default="lu; on a box or torus flip",
+        ),
+    ] = None
+    activation: Annotated[
+        str,
+        typer.Option(
+            metavar="silu|relu|tanh|gelu",
+            help="Of the networks; relu follows edges, the others give a smooth density.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "silu"
     direction: Annotated[
         str,
         typer.Option(
@@ -93,6 +111,7 @@ class FlowFamily(Family):
 
         x, *context = content.train
         refuse_counts(x, ", or fit autoregressive with --likelihood categorical --levels N")
+        named: dict[str, Any] = {"mixing": self.mixing, "activation": self.activation}  # the library says which
         direction: Any = self.direction
         program = pg.Flow(
             tuple(x.shape[1:]),
@@ -106,6 +125,7 @@ class FlowFamily(Family):
             bins=self.bins,
             bound=self.bound,
             components=self.components,
+            **named,
         )
         return pg.MaximumLikelihood()(program)
 
