@@ -293,6 +293,10 @@ def _core(
     direction: Any,
     **options: Any,
 ) -> Bijection:
+    if not isinstance(transform, str) and direction != "density":
+        raise ValueError(
+            "direction= belongs to transforms by name: a Bijection is what it is, Inverse(...) turns it round"
+        )
     if isinstance(transform, str):
         return stack(transform, features, layers, hidden, context_features, direction, **options)
     if (transform.features, transform.context_features) != (features, context_features):

@@ -2,7 +2,9 @@
 
 Elementwise maps (`Shift`, `Affine`, `Spline`, `CircularSpline`) say how one number is mapped; layers (`Elementwise`,
 `Coupling`, `MaskedAutoregressive`) say where the parameters come from; linear layers (`ActNorm`, `LUMixing`,
-`Rotation`, `Permute`, `Flip`) mix features; `Compose` and `Inverse` put them together.
+`Rotation`, `Permute`, `Flip`) mix features; `Sylvester`, `BlockAutoregressive` (and what is derived from `Triangular`)
+are inverted numerically, `ContinuousFlow` by its differential equation; `Interval`, `StickBreaking`, `Rescale` and
+`Standardise` are where data begin; `Compose` and `Inverse` put them together.
 """
 
 from pyro_gen.transforms.affine import Affine, Shift
