@@ -94,10 +94,9 @@ def stack(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {describe(activation)}")
     between = ACTIVATIONS[activation]
-    if not name.endswith(("coupling", "autoregressive")) or name == "block_autoregressive":
-        if mixing is not None or activation != "silu":
-            given = f"mixing={mixing!r}" if mixing is not None else f"activation={activation!r}"
-            raise ValueError(f"{given} belongs to spline, affine, additive and circular layers, not to {name}")
+    if name.split("_")[0] not in MAPS and (mixing is not None or activation != "silu"):
+        given = f"mixing={mixing!r}" if mixing is not None else f"activation={activation!r}"
+        raise ValueError(f"{given} belongs to spline, affine, additive and circular layers, not to {name}")
     circular = name.startswith("circular")
     mixing = mixing or ("flip" if circular else "lu")
     if circular and mixing in ("lu", "rotation"):
