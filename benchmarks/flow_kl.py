@@ -12,9 +12,10 @@ fit on one thread, building and evaluations on validation included. Nobody compi
 of the 60 s (`flow_speed.py` counts them). Every flow has 3 spline layers (8 bins, box at 5 standard deviations of the
 training rows) and the hidden size that brings it nearest to the parameters of an autoregressive flow whose networks
 have two hidden layers of 128. Form (autoregressive, coupling), mixing between layers (reversed order, trained LU
-matrix) and activation (ReLU, SiLU) are chosen for each library and target by the validation rows: fits of 10 s on
-seed 0, and of 30 s of the two best. The learning rate is .003, which an earlier search of .001 and .003 chose for every
-library. Test rows, 100 000, are looked at once for each final fit.
+matrix), activation (ReLU, SiLU) and depth of the networks (2 or 3 hidden layers, at equal parameters) are chosen for
+each library and target by the validation rows: fits of 10 s on seed 0 at depth 2, then of 30 s of the two best at both
+depths. The learning rate is .003, which an earlier search of .001 and .003 chose for every library. Test rows, 100 000,
+are looked at once for each final fit.
 
 Every fit is a line of `fits.jsonl` in the folder of `--results`; what is there is not run again.
 """
@@ -37,6 +38,7 @@ from tables import markdown, publish, stamp
 
 SIZES = {"train": 50_000, "validation": 10_000, "test": 100_000}
 FORMS, MIXINGS, ACTIVATIONS = ("autoregressive", "coupling"), ("flip", "lu"), ("relu", "silu")
+DEPTHS = (2, 3)
 RATE, BATCH = 3e-3, 512
 FINALISTS, LONGER = 2, 3  # of the search: how many get more time, and how many times more
 NAMES = {"ours": "pyro_gen"}
@@ -73,7 +75,7 @@ class Results:
         self.path.write_text(lines)
 
     def log_q(self, target: str, library: str, configuration: Record, seed: int) -> Path:
-        return self.folder / target / f"log_q-{'-'.join([library, *configuration.values(), str(seed)])}.npy"
+        return self.folder / target / f"log_q-{'-'.join(map(str, [library, *configuration.values(), seed]))}.npy"
 
 
 def rows_of(target: str, results: Results, sizes: dict[str, int]) -> Path:
@@ -84,8 +86,10 @@ def rows_of(target: str, results: Results, sizes: dict[str, int]) -> Path:
 
 
 def configurations() -> list[Record]:
-    names = ("form", "mixing", "activation")
-    return [dict(zip(names, values, strict=True)) for values in itertools.product(FORMS, MIXINGS, ACTIVATIONS)]
+    """Those of the first round, all of the first depth."""
+    names = ("form", "mixing", "activation", "depth")
+    values = itertools.product(FORMS, MIXINGS, ACTIVATIONS, DEPTHS[:1])
+    return [dict(zip(names, value, strict=True)) for value in values]
 
 
 def fit(
@@ -100,9 +104,10 @@ def fit(
 
 
 def search(target: str, workers: dict[str, Worker], results: Results, seconds: float, sizes: dict[str, int]) -> None:
-    """Every configuration of every library for ``seconds``, then the best two of each for `LONGER` times that; in turn.
+    """Every configuration of a library for ``seconds``, then its best two, at each depth, for `LONGER` times that.
 
-    What is ahead early need not be ahead late: coupling layers take more steps a second, and are overtaken.
+    Libraries take turns. What is ahead early need not be ahead late: coupling layers take more steps a second, and are
+    overtaken.
     """
 
     def run(library: str, worker: Worker, configuration: Record, seconds: float) -> None:
@@ -117,9 +122,10 @@ def search(target: str, workers: dict[str, Worker], results: Results, seconds: f
     for configuration in configurations():
         for library, worker in workers.items():
             run(library, worker, configuration, seconds)
-    for place in range(FINALISTS):
+    for place, depth in itertools.product(range(FINALISTS), DEPTHS):
         for library, worker in workers.items():
-            run(library, worker, ranked(target, library, results, seconds)[place], LONGER * seconds)
+            finalist = ranked(target, library, results, seconds)[place]
+            run(library, worker, finalist | {"depth": depth}, LONGER * seconds)
 
 
 def wanted(target: str, layers: int = 3, hidden: int = 128, outputs: int = 23) -> int:
@@ -220,7 +226,7 @@ def table(target: str, libraries: list[str], results: Results, seconds: float, s
                 f"{np.mean([record['quantile'] for record in records]):.2f}",
                 difference,
                 paired,
-                ", ".join(first["configuration"].values()),
+                ", ".join(map(str, first["configuration"].values())),
                 str(first["layout"]["parameters"]),
                 str(round(float(np.mean(steps)))),
             ]

@@ -52,7 +52,7 @@ def build(s: Specification) -> nn.Module:
                     num_bins=s.bins,
                     tails="linear",
                     tail_bound=s.bound,
-                    num_blocks=1,
+                    num_blocks=s.depth - 1,
                     use_residual_blocks=False,
                     activation=activation,
                 )
@@ -62,7 +62,7 @@ def build(s: Specification) -> nn.Module:
             parts.append(
                 transforms.PiecewiseRationalQuadraticCouplingTransform(
                     (half if swap else ~half).int(),
-                    lambda given, out: Network((given,), (out,), [s.hidden, s.hidden], activation),
+                    lambda given, out: Network((given,), (out,), list(s.widths), activation),
                     num_bins=s.bins,
                     tails="linear",
                     tail_bound=s.bound,

@@ -1,4 +1,5 @@
-"""normflows: its two spline layers, whose networks are residual (one block of two linear maps: one more than asked).
+"""normflows: its two spline layers, whose networks are residual (blocks of two linear maps: `depth` hidden layers
+become depth − 1 blocks, which is one map more than asked at depth 2 and two at depth 3).
 
 Its list of flows runs from noise to data. Its `Permute` shuffles, which in two dimensions may change nothing: it is
 given the reverse order here, as the other libraries have it. (Its documented example mixes by `LULinearPermute`.)
@@ -47,14 +48,19 @@ def build(s: Specification) -> nn.Module:
         if s.form == "autoregressive":
             parts.append(
                 flows.AutoregressiveRationalQuadraticSpline(
-                    s.features, 1, s.hidden, num_bins=s.bins, tail_bound=int(s.bound), activation=activation
+                    s.features,
+                    s.depth - 1,
+                    s.hidden,
+                    num_bins=s.bins,
+                    tail_bound=int(s.bound),
+                    activation=activation,
                 )
             )
         else:
             parts.append(
                 flows.CoupledRationalQuadraticSpline(
                     s.features,
-                    1,
+                    s.depth - 1,
                     s.hidden,
                     num_bins=s.bins,
                     tail_bound=s.bound,

@@ -1,4 +1,4 @@
-"""pyro_gen: `pg.Flow`, which has the two forms and both mixings by name. Its activation is silu."""
+"""pyro_gen: `pg.Flow`, which has the two forms and both mixings by name; its own activation is silu."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(s: Specification) -> nn.Module:
             s.features,
             "spline_autoregressive" if s.form == "autoregressive" else "spline_coupling",
             s.layers,
-            (s.hidden, s.hidden),
+            s.widths,
             direction=s.direction,
             standardise=False,
             mixing=s.mixing,

@@ -33,13 +33,12 @@ class Flow(nn.Module):
 def build(s: Specification) -> nn.Module:
     if s.direction != "density":
         raise ValueError("zuko's flows are built in the direction of the density")
-    hidden = (s.hidden, s.hidden)
     activation = nn.SiLU if s.activation == "silu" else nn.ReLU
     if s.form == "autoregressive":
         if s.bound != 5.0:
             raise ValueError("zuko's NSF has its box at 5")
         flow = zuko.flows.NSF(
-            s.features, bins=s.bins, transforms=s.layers, hidden_features=hidden, activation=activation
+            s.features, bins=s.bins, transforms=s.layers, hidden_features=s.widths, activation=activation
         )
     else:
         flow = NICE(
@@ -47,7 +46,7 @@ def build(s: Specification) -> nn.Module:
             transforms=s.layers,
             univariate=lambda *phi: spline(*phi, bound=s.bound),
             shapes=[(s.bins,), (s.bins,), (s.bins - 1,)],
-            hidden_features=hidden,
+            hidden_features=s.widths,
             activation=activation,
         )
     if s.mixing == "lu":

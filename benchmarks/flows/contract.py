@@ -1,7 +1,7 @@
 """What a library's worker builds: one specification for all of them, and the three things that are asked of a model.
 
 Every flow has standard normal noise, `layers` layers of rational-quadratic splines with `bins` bins on [-bound, bound]
-and linear tails, whose parameters come from a network of two hidden layers of `hidden` units. Its parallel direction is
+and linear tails, whose parameters come from a network of `depth` hidden layers of `hidden` units. Its parallel direction is
 that of the density. Between autoregressive layers the order of features is reversed; with `mixing="lu"` a trained
 matrix in LU form stands before every layer (in normflows, which permutes there at random, in place of the reversal).
 Everything else is the library's own default, the activation too unless it is named (silu in pyro_gen, ReLU elsewhere).
@@ -25,11 +25,17 @@ class Specification:
     mixing: Literal["flip", "lu"] = "flip"
     features: int = 16
     hidden: int = 128
+    depth: int = 2
     layers: int = 3
     bins: int = 8
     bound: float = 5.0
     activation: Literal["default", "relu", "silu"] = "default"
     direction: Literal["density", "sampling"] = "density"  # "sampling" is ours alone
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the hidden layers."""
+        return (self.hidden,) * self.depth
 
     @property
     def swaps(self) -> list[bool]:
