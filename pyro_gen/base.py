@@ -1,4 +1,4 @@
-r"""The contracts of pyro_gen on one page: programs, objectives, evidence.
+r"""The contracts of pyro_gen on one page: programs, objectives, samplers, evidence.
 
 A generative model approximates a data distribution by :math:`p(x) = f(x) / Z` with :math:`Z = \int f(x)\,dx`. What a
 family does about Z is its *kind*, and the kind is its base class:
@@ -14,8 +14,9 @@ kind            what it can say                   what stands in for Z
 
 A `Program` is a pair of modules, ``model`` and ``guide``, each a Pyro program called as ``model(*batch)``. An
 `Objective` is configuration; called with a program (or any model and guide) it gives an `ObjectiveModule`, whose
-``forward(*batch)`` is the loss: an estimate of :math:`-\log L(\theta)` of the *full* data set, in nats. An `Evidence`
-is a number with its kind (exact, bound, estimate) and its error.
+``forward(*batch)`` is the loss: an estimate of :math:`-\log L(\theta)` of the *full* data set, in nats. A `Sampler`
+moves chains over a `Target`, which any program of known density gives. An `Evidence` is a number with its kind (exact,
+bound, estimate) and its error.
 
 To read on: ``programs/vae.py`` is one family, ``objectives/likelihood.py`` the shortest objective.
 """
@@ -28,11 +29,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast, overload, runtime_checkable
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, cast, overload, runtime_checkable
 
 import pyro.infer
 import pyro.poutine as poutine
 import torch
+from pyro.distributions import ImproperUniform
 from pyro.infer.elbo import ELBOModule
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
@@ -42,6 +44,7 @@ from pyro_gen import handlers, scopes
 from pyro_gen.checks import as_shape, check_count, check_rows, describe
 from pyro_gen.densities import Density
 from pyro_gen.handlers import Structure
+from pyro_gen.targets import Target
 
 EvidenceKind = Literal["exact", "lower bound", "upper bound", "estimate"]
 LossIs = Literal["log-likelihood", "lower bound", "generalized", "gradient only", "game"]
@@ -160,6 +163,22 @@ class Program(nn.Module):
     def _own_tensor(self) -> Tensor | None:
         return next((t for t in (*self.parameters(), *self.buffers()) if t.dtype.is_floating_point), None)
 
+    def _data_site(self, n: int, context: Tensor | None) -> Any:
+        """The site of x in a run of the model with nothing observed."""
+        x = self.template().new_zeros((n, *self.event_shape))
+        batch = Program.check(self, x, context)  # zeros need not lie in the support
+        with poutine.block(), handlers.Unobserve() as redrawn:
+            trace = poutine.trace(self.model).get_trace(*batch)
+        found = [name for name, value in redrawn.observed.items() if value is x] or list(redrawn.observed)
+        if len(found) != 1:
+            raise ValueError(f"the model's data site is not clear among {found}: observe x itself, obs=x")
+        site: Any = trace.nodes[found[0]]
+        drawn, shape = site["value"], (n, *self.event_shape)
+        if [d for d in drawn.shape if d != 1] != [d for d in shape if d != 1]:  # obs=x.squeeze(-1) is x all the same
+            given = f"the model's site {found[0]!r} has shape {tuple(drawn.shape)}"
+            raise ValueError(f"{given}, x has {shape}: observe x itself, obs=x")
+        return site
+
 
 def context_error(context_shape: torch.Size | None) -> str:
     """What to say where a context is missing, or is one too many."""
@@ -193,22 +212,6 @@ class Samples(Program):
             raise ValueError(f"n must be a positive int, got {describe(n)}")
         with nullcontext() if seed is None else scopes.forked_generators(seed):
             return cast(Tensor, self._data_site(n, context)["value"]).reshape(n, *self.event_shape)
-
-    def _data_site(self, n: int, context: Tensor | None) -> Any:
-        """The site of x in a run of the model with nothing observed."""
-        x = self.template().new_zeros((n, *self.event_shape))
-        batch = Program.check(self, x, context)  # zeros need not lie in the support
-        with poutine.block(), handlers.Unobserve() as redrawn:
-            trace = poutine.trace(self.model).get_trace(*batch)
-        found = [name for name, value in redrawn.observed.items() if value is x] or list(redrawn.observed)
-        if len(found) != 1:
-            raise ValueError(f"the model's data site is not clear among {found}: observe x itself, obs=x")
-        site: Any = trace.nodes[found[0]]
-        drawn, shape = site["value"], (n, *self.event_shape)
-        if [d for d in drawn.shape if d != 1] != [d for d in shape if d != 1]:  # obs=x.squeeze(-1) is x all the same
-            given = f"the model's site {found[0]!r} has shape {tuple(drawn.shape)}"
-            raise ValueError(f"{given}, x has {shape}: observe x itself, obs=x")
-        return site
 
 
 class Implicit(Samples):
@@ -257,11 +260,12 @@ class Bounded(Samples):
 
 
 class Unnormalized(Program):
-    """A program whose density is known up to Z: sites of any kind, factors among them, no free latents.
+    r"""A program whose density is known up to Z: sites of any kind, factors among them.
 
     Args:
-        model: Pyro program that observes ``x``.
+        model: Pyro program that observes ``x``; latents of it are summed out where they are marked for enumeration.
         event_shape: shape of one datum; context_shape: of what a row is conditioned on, or None.
+        guide: Pyro program of the continuous latents given x, where the model has any.
     """
 
     def __init__(
@@ -269,12 +273,80 @@ class Unnormalized(Program):
         model: Callable[..., Any],
         event_shape: int | tuple[int, ...],
         context_shape: int | tuple[int, ...] | None = None,
+        guide: Callable[..., Any] | None = None,
     ) -> None:
-        super().__init__(model, None, event_shape, context_shape)
+        super().__init__(model, guide, event_shape, context_shape)
 
     def log_density(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log f of each row, not log p: ``(rows,)``, in nats up to one constant, log Z."""
-        return handlers.log_density(self.model, *self.check(x, context))
+        return self.log_density_rows(*self.check(x, context))
+
+    def log_density_rows(self, *batch: Tensor) -> Tensor:
+        """log f of each row of a batch that has been checked; families override it with a faster way than a trace."""
+        return handlers.log_density(self.model, *batch)
+
+    def target(self, context: Tensor | None = None) -> Target:
+        """The density as samplers and methods of log Z see it, with the weights of now.
+
+        Its base is the distribution at the data site, without a mask around it; its path the geometric one.
+
+        Args:
+            context: of a conditional program: one context for all chains, ``context_shape``, or one for each.
+        """
+        contexts, shape = self._contexts(context, None), self.event_shape
+        rows = len(contexts[0]) if contexts else 1
+        fn = self._base(rows, *contexts)
+        site_shape = fn.batch_shape[1:] + fn.event_shape
+
+        def log_density(x: Tensor) -> Tensor:
+            return self.log_density_rows(x, *self._contexts(context, len(x)))
+
+        def log_base(x: Tensor) -> Tensor:
+            value: Tensor = fn.log_prob(x.reshape(len(x), *site_shape))
+            return value.reshape(len(x), -1).sum(1)
+
+        def sample_base(n: int) -> Tensor:
+            with torch.no_grad():
+                draws: Tensor = fn.sample(() if rows == n else (n,))
+            return draws.reshape(n, *shape)
+
+        support = constraints.independent(fn.support, len(shape) - fn.support.event_dim)
+        can_sample = type(fn).sample is not ImproperUniform.sample
+        return Target(
+            log_density,
+            shape,
+            self.template(),
+            support,
+            log_base if can_sample else None,
+            sample_base if can_sample else None,
+        )
+
+    def _base(self, rows: int, *contexts: Tensor) -> Any:
+        """The distribution at the data site for so many rows, without the mask that makes it flat."""
+        x = self.template().new_zeros((rows, *self.event_shape))
+        with torch.no_grad(), poutine.block():
+            sites = handlers.sample_sites(poutine.trace(self.model).get_trace(x, *contexts))
+        observed = {name: s for name, s in sites.items() if handlers.site_kind(s) == "observed"}
+        found = [s for s in observed.values() if s["value"] is x] or list(observed.values())
+        if len(found) != 1:
+            raise ValueError(f"the model's data site is not clear among {list(observed)}: observe x itself, obs=x")
+        return handlers.unmasked(found[0]["fn"])
+
+    def _contexts(self, context: Tensor | None, rows: int | None) -> tuple[Tensor, ...]:
+        """The context of each of so many rows (None: of as many as it has), as the rest of a batch."""
+        if (context is None) != (self.context_shape is None):
+            raise ValueError(context_error(self.context_shape))
+        if context is None or self.context_shape is None:
+            return ()
+        if tuple(context.shape) == tuple(self.context_shape):
+            context = context.unsqueeze(0)
+        rows = len(context) if rows is None else rows
+        if tuple(context.shape[1:]) != tuple(self.context_shape) or len(context) not in (1, rows):
+            raise ValueError(
+                f"context must be one for all, of shape {tuple(self.context_shape)}, or one for each of {rows} chains; "
+                f"got {tuple(context.shape)}"
+            )
+        return (context.expand(rows, *self.context_shape),)
 
 
 class Exact(Unnormalized, Bounded):
@@ -292,6 +364,12 @@ class Exact(Unnormalized, Bounded):
     def log_density(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p of each row: f = p, as Z = 1."""
         return self.log_prob(x, context)
+
+    def log_density_rows(self, *batch: Tensor) -> Tensor:
+        """log p of each row of a batch."""
+        if type(self).log_prob is Exact.log_prob:
+            return handlers.log_density(self.model, *batch)
+        return self.log_prob(*batch)
 
     def lower_bound(self, x: Tensor, context: Tensor | None = None, particles: int = 1) -> Tensor:
         """log p of each row: the bound's gap is 0."""
@@ -407,6 +485,12 @@ class ObjectiveModule(ELBOModule):
     def pointwise(self, *batch: Any, **kwargs: Any) -> Tensor:
         """The loss of each row, unscaled: ``(rows,)``, in nats where the loss is one of log-likelihood or bound."""
         raise TypeError(f"{type(self.objective).__name__} is not a sum over rows: it has no pointwise loss")
+
+    def log_density_rows(self, *batch: Any, **kwargs: Any) -> Tensor:
+        """log f of each row, by the family's own way where the program has one, else from a trace of the model."""
+        if isinstance(self.program, Unnormalized):
+            return self.program.log_density_rows(*batch, **kwargs)
+        return handlers.density_rows(self.model, *batch, **kwargs)
 
     def forward(self, *batch: Any, total: int | None = None, **kwargs: Any) -> Tensor:
         """The loss: an estimate of the total over ``total`` rows (default: what the data plate says, else the batch).
@@ -545,6 +629,58 @@ def _objectives(root: type[Any] | None = None) -> list[type[Objective[Any]]]:
         if cls.__module__.startswith("pyro_gen."):
             found += [cls, *_objectives(cls)]
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------- samplers
+class State(NamedTuple):
+    """Where the chains of a sampler stand: all it needs to go on.
+
+    Attributes:
+        x: positions in the support, ``(chains, *event_shape)``.
+        log_density: log f of each chain, ``(chains,)``, in nats; in unconstrained space with the Jacobian in it.
+        gradient: its gradient in the unconstrained position, or None where the sampler uses none.
+        step_size: of the transition, a scalar tensor shared by the chains.
+        scale: standard deviation of each unconstrained coordinate, the diagonal preconditioner, ``(*event_shape,)``.
+        position: unconstrained positions; x itself on the real space.
+    """
+
+    x: Tensor
+    log_density: Tensor
+    gradient: Tensor | None
+    step_size: Tensor
+    scale: Tensor
+    position: Tensor
+
+
+class Info(NamedTuple):
+    """What a transition did, for diagnostics only.
+
+    Attributes:
+        acceptance: acceptance probability of each chain, ``(chains,)``; 1 where nothing is rejected.
+        diverging: chains whose proposal was not finite or lost too much energy, ``(chains,)``.
+    """
+
+    acceptance: Tensor
+    diverging: Tensor
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Markov chains that leave a `Target` invariant (or nearly, where nothing is rejected), many at once.
+
+    Configuration only; ``init`` and ``step`` are pure: the state goes in and comes out.
+
+    Attributes:
+        chains: how many chains ``run`` starts.
+        acceptance_aim: the mean acceptance that warm-up adapts the step size to, or None where it adapts nothing.
+    """
+
+    chains: int
+    acceptance_aim: float | None
+
+    def init(self, target: Target, x: Tensor, *, step_size: Tensor | float | None = None) -> State: ...
+
+    def step(self, target: Target, state: State) -> tuple[State, Info]: ...
 
 
 # ---------------------------------------------------------------------------------------------------------- evidence
@@ -692,6 +828,13 @@ class EvidenceMethod(Protocol):
     """How log p(x) is had: configuration, with one method that answers for a program it can answer for."""
 
     def log_evidence(self, program: Program, x: Tensor, context: Tensor | None = None) -> Evidence: ...
+
+
+@runtime_checkable
+class NormalizerMethod(Protocol):
+    """How log Z is had: configuration, with one method that answers for a program whose density it can evaluate."""
+
+    def log_normalizer(self, program: Unnormalized, context: Tensor | None = None) -> Evidence: ...
 
 
 class Divergence(ArithmeticError):

@@ -1,7 +1,8 @@
 """Networks, no probability: every one takes any leading batch dimensions."""
 
 from pyro_gen.nn.conv import ConvDecoder, ConvEncoder
+from pyro_gen.nn.energies import RBM, EnergyMLP
 from pyro_gen.nn.masked import MaskedMLP
 from pyro_gen.nn.mlp import MLP
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "MaskedMLP"]
+__all__ = ["MLP", "RBM", "ConvDecoder", "ConvEncoder", "EnergyMLP", "MaskedMLP"]

@@ -21,6 +21,7 @@ are exponentials, not a softplus: maps of narrow modes are steep, and what is st
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch

@@ -1,0 +1,93 @@
+r"""Energies inside a Pyro program: factors :math:`\exp(-E(x))` that carry the network they come from.
+
+A factor multiplies the density of a program and leaves it unnormalised: :math:`f(x) = b(x)\,e^{-E_\theta(x)}` with b the
+rest of the program. `energy` is ``pyro.factor`` with three things beside: the network can be found at the site
+(``infer["energy"]``), the shape is held against the plates, where ``pyro.factor`` broadcasts a column over its rows
+without a word, and tensors that carry derivatives with them pass through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+
+__all__ = ["Factor", "energy"]
+
+
+class Factor(dist.Unit):  # type: ignore[misc, no-any-unimported, unused-ignore]
+    """A factor of given logarithm, as the distribution behind a site; it takes whatever behaves as a tensor."""
+
+    def __init__(self, log_factor: Tensor) -> None:
+        self.log_factor = log_factor
+        dist.TorchDistribution.__init__(self, log_factor.shape, torch.Size((0,)), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Factor:
+        return Factor(self.log_factor.expand(batch_shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self.log_factor.new_empty((*sample_shape, *self.batch_shape, 0))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.log_factor
+
+
+def energy(name: str, net: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    r"""Multiply the program's density by :math:`\exp(-E(x))`, ``E = net(*inputs)``: a factor that carries its network.
+
+    Put it inside the plate over rows. Whatever the factor does to Z is not taken into account: train such a program by
+    score matching or its kin, never by an ELBO.
+
+    Args:
+        name: of the site.
+        net: the energy, a module or function that maps a batch to one value a row, ``(rows,)`` or ``(rows, 1)``.
+        inputs: what it is called with, x of shape ``(rows, ...)`` first.
+
+    Returns:
+        The energies, ``(rows,)``, in nats.
+
+    Raises:
+        TypeError: if the energy is no real floating point tensor.
+        ValueError: if it has not one value for each row of the plates around it.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro_gen.handlers import log_density
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(x.new_zeros(1), 1.0).to_event(1).mask(False), obs=x)  # flat
+        ...         energy("energy", lambda x: x.square().sum(-1) / 2, x)
+        >>> log_density(model, torch.tensor([[0.0], [2.0]]))
+        tensor([-0., -2.])
+    """
+    plates = {m.dim: m.size for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m.dim is not None}
+    e = _rowwise(name, net(*inputs), plates)
+    log_factor = -e
+    factor = Factor(log_factor)
+    pyro.sample(name, factor, obs=factor.sample(), infer={"is_auxiliary": True, "energy": net})
+    return e
+
+
+def _rowwise(name: str, e: Any, plates: dict[int, int]) -> Tensor:
+    """The energies with a dimension for each plate; a column loses its last dimension."""
+    if not isinstance(e, Tensor) or not e.dtype.is_floating_point:
+        given = f"a tensor of {e.dtype}" if isinstance(e, Tensor) else type(e).__name__
+        raise TypeError(
+            f"energy {name!r} must be a real floating point tensor, one value a row; its network gave {given}"
+        )
+    depth = -min(plates, default=0)
+    want = tuple(plates.get(-i, 1) for i in range(depth, 0, -1))
+    for candidate in (e, e.squeeze(-1) if e.dim() and e.shape[-1] == 1 else e):
+        if candidate.dim() >= depth and tuple(candidate.shape[candidate.dim() - depth :]) == want:
+            return candidate
+    rows = f"({', '.join(map(str, want))}{',' if len(want) == 1 else ''})"
+    raise ValueError(
+        f"energy {name!r} must have one value a row, shape {rows} for the plates around it; its network gave "
+        f"{tuple(e.shape)}: " + ("sum over all but the rows" if e.dim() > depth else "keep one value for each row")
+    )

@@ -1,0 +1,112 @@
+r"""Networks whose output is an energy: one number a row, smooth in x, without an output bias.
+
+An output bias would shift E by a constant, which Z takes back: nothing in the data determines it, and a parameter that
+no loss reaches stalls distributed training. Activations are smooth, because score matching sees ΔE: a piecewise-linear
+network has ΔE = 0 almost everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RBM", "EnergyMLP"]
+
+
+class EnergyMLP(nn.Module):
+    """A multilayer perceptron from x (and a context) to its energy, with x centred and scaled by the training data.
+
+    Args:
+        features: size of x, flat.
+        hidden: sizes of the hidden layers.
+        context_features: size of the context, flat, 0 for none.
+        activation: class of the smooth activation.
+
+    Shapes: ``(..., features)`` and a context ``(..., context_features)`` to ``(...)``.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        hidden: Sequence[int] = (128, 128),
+        *,
+        context_features: int = 0,
+        activation: type[nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        sizes = [features + context_features, *hidden]
+        layers: list[nn.Module] = []
+        for a, b in pairwise(sizes):
+            layers += [nn.Linear(a, b), activation()]
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], 1, bias=False))
+        self.features, self.context_features = features, context_features
+        self.register_buffer("loc", torch.zeros(sizes[0]))
+        self.register_buffer("scale", torch.ones(sizes[0]))
+
+    @torch.no_grad()
+    def standardise(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Take location and scale from rows of x, ``(rows, features)``, and of the context."""
+        both = x if context is None else torch.cat([x, context], -1)
+        self.loc.copy_(both.mean(0))
+        spread = both.std(0, unbiased=False)
+        self.scale.copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is not None:
+            x = torch.cat([x, context], -1)
+        result: Tensor = self.layers((x - self.loc) / self.scale).squeeze(-1)
+        return result
+
+
+class RBM(nn.Module):
+    r"""Free energy of a restricted Boltzmann machine over binary x, hidden units summed out.
+
+    .. math:: E(v) = -b^\top v - \sum_j \log\big(1 + e^{c_j + (v W)_j}\big), \qquad
+              e^{-E(v)} = \sum_{h \in \{0,1\}^H} e^{b^\top v + c^\top h + v^\top W h} .
+
+    Args:
+        visible: number of binary values in a row; hidden: number H of hidden units.
+        std: standard deviation of the initial weights.
+
+    Shapes: ``(..., visible)`` to ``(...)``.
+
+    References:
+        P. Smolensky, "Information processing in dynamical systems", 1986; G. Hinton, "Training products of experts by
+        minimizing contrastive divergence", Neural Computation 14, 2002.
+    """
+
+    def __init__(self, visible: int, hidden: int, std: float = 0.01) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(std * torch.randn(visible, hidden))
+        self.visible_bias = nn.Parameter(torch.zeros(visible))
+        self.hidden_bias = nn.Parameter(torch.zeros(hidden))
+
+    def forward(self, v: Tensor) -> Tensor:
+        return -self.log_sum(v, 1.0)
+
+    def log_sum(self, v: Tensor, beta: Tensor | float) -> Tensor:
+        r"""log Σ_h exp(−β E(v, h)) of each row; at β = 0 it is H log 2."""
+        beta = torch.as_tensor(beta, dtype=v.dtype, device=v.device)
+        column = beta.unsqueeze(-1) if beta.dim() else beta
+        hidden = nn.functional.softplus(column * (self.hidden_bias + v @ self.weight)).sum(-1)
+        return beta * (v @ self.visible_bias) + hidden
+
+    @property
+    def log_sum_at_zero(self) -> float:
+        """``log_sum`` of any row at β = 0."""
+        return self.weight.shape[1] * math.log(2)
+
+    @torch.no_grad()
+    def sweep(self, v: Tensor, beta: Tensor | float = 1.0) -> Tensor:
+        """One sweep of block Gibbs at inverse temperature β: all hidden units given v, then all of v given those."""
+        beta = torch.as_tensor(beta, dtype=v.dtype, device=v.device)
+        column = beta.unsqueeze(-1) if beta.dim() else beta
+        h = torch.bernoulli(torch.sigmoid(column * (self.hidden_bias + v @ self.weight)))
+        return torch.bernoulli(torch.sigmoid(column * (self.visible_bias + h @ self.weight.T)))
