@@ -26,8 +26,6 @@ from pyro_gen.transforms.elementwise import ElementwiseMap, Mapped
 
 __all__ = ["MaskedAutoregressive"]
 
-START = 0.1  # the last layer's weights start this much smaller: near the identity, yet every weight has a gradient
-
 
 class MaskedAutoregressive(Mapped):
     r"""Autoregressive layer over any elementwise map.
@@ -81,9 +79,6 @@ class MaskedAutoregressive(Mapped):
             inputs=transformer.embedding,
             activation=activation,
         )
-        with torch.no_grad():
-            for parameter in self.net.layers[-1].parameters():
-                parameter.mul_(START)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, context = self.broadcast(x, context)

@@ -20,8 +20,6 @@ from pyro_gen.transforms.elementwise import ElementwiseMap, Mapped
 
 __all__ = ["Coupling"]
 
-START = 0.1  # the last layer's weights start this much smaller: near the identity, yet every weight has a gradient
-
 
 class Coupling(Mapped):
     r"""Coupling layer by halves over any elementwise map.
@@ -68,9 +66,6 @@ class Coupling(Mapped):
         outputs = mapped * transformer.params
         inputs = given * transformer.embedding
         self.net = MLP(inputs, outputs, hidden, context_features=context_features, activation=activation)
-        with torch.no_grad():
-            for parameter in self.net.layers[-1].parameters():
-                parameter.mul_(START)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         given, mapped, params = self._read(x, context)

@@ -33,7 +33,6 @@ from pyro_gen.transforms.elementwise import ElementwiseMap
 
 __all__ = ["CircularSpline", "Spline"]
 
-SMALLEST_BIN = 1e-3  # share of the box
 LOGIT_BOUND = 3.45  # of widths and heights: two bins differ by at most e^6.9, a thousandfold
 SLOPE_BOUND = 6.9  # of log slopes: slopes at knots lie between a thousandth and a thousand
 
@@ -70,10 +69,8 @@ class _Box:
     @staticmethod
     def _inner_knots(raw: Tensor, bound: float) -> Tensor:
         """All knots but the first and the last, by a softmax: bounded raw numbers need no largest one taken off."""
-        bins = raw.shape[-1]
         sums = _bounded(raw, LOGIT_BOUND).exp().cumsum(-1)
-        least = torch.arange(1, bins, dtype=raw.dtype, device=raw.device) * (2 * bound * SMALLEST_BIN) - bound
-        return sums[..., :-1] * (2 * bound * (1 - SMALLEST_BIN * bins) / sums[..., -1:]) + least
+        return sums[..., :-1] * (2 * bound / sums[..., -1:]) - bound
 
     def _at(self, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """(y - bottom) / height and log dy/dx at the place z = 1 - w of the bin; sums of positive terms throughout."""
@@ -104,7 +101,7 @@ class Spline(ElementwiseMap):
     r"""Monotone rational-quadratic spline on [−B, B], the identity outside.
 
     ``params`` are K widths and K heights before a softmax, and the logarithms of K − 1 inner slopes, softly bounded;
-    bins are at least a thousandth of the box wide and high, slopes at knots between .001 and 1000.
+    no bin is a thousandfold wider or higher than another, slopes at knots lie between .001 and 1000.
 
     Args:
         bins: number K of bins, from 2 to 500.
