@@ -4,8 +4,8 @@ r"""A flow that a network's output places, scales and bends: the family of amort
           \log q(z) = \log N(\epsilon; 0, I) - \sum \log \sigma - \log\left|\det \frac{\partial g^{-1}}{\partial
           \epsilon}\right| ,
 
-with :math:`(\mu, \log \sigma, h)` the output of one network for one row. With g near the identity, where it starts,
-this is the diagonal normal of a plain guide; what g learns comes on top, and always sees numbers of the size of
+with :math:`(\mu, \log \sigma, h)` the output of one network for one row. With g the identity this is the diagonal
+normal of a plain guide; what g learns comes on top, and always sees numbers of the size of
 :math:`\epsilon`, whatever the scale of z, so that the knots of a spline are where they are needed.
 
 The gradient of a bound goes through draws, and a draw is asked for its own density: the flow is built so that noise to
