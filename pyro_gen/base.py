@@ -675,8 +675,11 @@ class Sampler(Protocol):
         acceptance_aim: the mean acceptance that warm-up adapts the step size to, or None where it adapts nothing.
     """
 
-    chains: int
-    acceptance_aim: float | None
+    @property
+    def chains(self) -> int: ...
+
+    @property
+    def acceptance_aim(self) -> float | None: ...
 
     def init(self, target: Target, x: Tensor, *, step_size: Tensor | float | None = None) -> State: ...
 

@@ -16,11 +16,13 @@ al. 2024), and the log of the mean weight, always too low on average, is then a 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["effective_sample_size", "log_mean_exp", "pareto_k"]
+__all__ = ["chain_ess", "effective_sample_size", "log_mean_exp", "pareto_k", "r_hat"]
 
 PRIOR_SCALE, PRIOR_SHAPE, PRIOR_COUNT = 3.0, 0.5, 10.0  # the weak priors of the fit, as in the R package loo and ArviZ
 BLOCK = 2**20  # numbers in one intermediate of the fit: 8 MiB, about the size of a cache
@@ -175,3 +177,148 @@ def _draws_first(log_weights: Tensor, dim: int) -> Tensor:
     if log_weights.shape[dim] == 0:
         raise ValueError(f"log_weights has no draws: shape {tuple(log_weights.shape)}, dim={dim}")
     return log_weights.detach().movedim(dim, 0)
+
+
+# ------------------------------------------------------------------------------------------------------- Markov chains
+def chain_ess(draws: Tensor, kind: Literal["bulk", "tail", "mean"] = "bulk") -> Tensor:
+    r"""Effective number of independent draws in Markov chains: :math:`m n / \tau`, τ the autocorrelation time.
+
+    Chains are split in halves. Autocorrelations combine those within chains, :math:`\gamma_t`, with the variance
+    between them, :math:`\hat\rho_t = 1 - (W - \bar\gamma_t) / \widehat{\mathrm{var}}^+`, and are summed in pairs up to
+    the first that is not positive, after which there is only noise (Geyer's initial monotone sequence).
+
+    Args:
+        draws: ``(chains, draws, ...)``, at least four draws of each.
+        kind: ``"bulk"``, of the ranks' normal scores; ``"tail"``, the smaller of those of the 5 % and 95 % quantiles;
+            ``"mean"``, of the values themselves, for the error of their mean.
+
+    Returns:
+        float64, of the shape of one draw; the number of draws where all are equal, nan where some are not finite.
+
+    Raises:
+        TypeError, ValueError: for anything but a real tensor with a chain and four draws, or an unknown kind.
+
+    References:
+        A. Vehtari, A. Gelman, D. Simpson, B. Carpenter, P.-C. Bürkner, "Rank-normalization, folding, and localization:
+        an improved R-hat for assessing convergence of MCMC", Bayesian Analysis 16, 2021, arXiv:1903.08008, section 3.
+
+    Example:
+        >>> noise = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
+        >>> 3500 < chain_ess(noise) < 4500, 350 < chain_ess(noise[:, :100].repeat_interleave(10, 1)) < 450
+        (tensor(True), tensor(True))
+    """
+    if kind not in ("bulk", "tail", "mean"):
+        raise ValueError(f"kind must be 'bulk', 'tail' or 'mean', got {kind!r}")
+
+    def of(columns: Tensor) -> Tensor:
+        if kind == "mean":
+            return _ess(_halves(columns))
+        if kind == "bulk":
+            return _ess(_normal_scores(_halves(columns)))
+        ends = (_ess(_halves((columns <= _quantile(columns, q)).double())) for q in (0.05, 0.95))
+        return torch.minimum(*ends)
+
+    return _by_columns(draws, of)
+
+
+def r_hat(draws: Tensor) -> Tensor:
+    r"""How much Markov chains disagree, R-hat: :math:`\sqrt{\widehat{\mathrm{var}}^+ / W}`, 1 where they agree.
+
+    The larger of two: of the ranks' normal scores, for the location, and of those of the distances from the median, for
+    the spread; chains split in halves, so that a drift within a chain counts too.
+
+    Args:
+        draws: ``(chains, draws, ...)``, at least four draws of each.
+
+    Returns:
+        float64, of the shape of one draw; above 1.01 the chains have not mixed. nan where all draws are equal, or some
+        are not finite.
+
+    Raises:
+        TypeError, ValueError: for anything but a real tensor with a chain and four draws.
+
+    References:
+        A. Vehtari et al., 2021, arXiv:1903.08008, sections 2 and 4, as `chain_ess`.
+
+    Example:
+        >>> noise = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
+        >>> apart = noise + torch.tensor([[0.0], [0.0], [0.0], [2.0]])
+        >>> r_hat(noise) < 1.01, r_hat(apart) > 1.1
+        (tensor(True), tensor(True))
+    """
+
+    def of(columns: Tensor) -> Tensor:
+        halves = _halves(columns)
+        folded = (halves - _quantile(halves, 0.5)).abs()  # of fair coins all equal, and without an R-hat
+        return torch.fmax(*(_scale_reduction(_normal_scores(c)) for c in (halves, folded)))
+
+    return _by_columns(draws, of)
+
+
+def _by_columns(draws: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``of`` gives for each number of a draw, some columns (chains, draws, columns) at a time."""
+    if not isinstance(draws, Tensor) or draws.dtype.is_complex:
+        raise TypeError(f"draws must be a real tensor, got {getattr(draws, 'dtype', type(draws).__name__)}")
+    if draws.dim() < 2 or draws.shape[0] < 1 or draws.shape[1] < 4:
+        raise ValueError(f"draws must have shape (chains, draws, ...) with at least 4 draws, got {tuple(draws.shape)}")
+    chains, count = draws.shape[:2]
+    flat = draws.detach().reshape(chains, count, -1)
+    blocks = flat.split(max(1, BLOCK // (chains * count)), 2)
+    found = [torch.where(torch.isfinite(b).all(0).all(0), of(b.double()), math.nan) for b in blocks]
+    return torch.cat(found).reshape(draws.shape[2:])
+
+
+def _halves(columns: Tensor) -> Tensor:
+    half = columns.shape[1] // 2
+    return torch.cat([columns[:, :half], columns[:, -half:]])
+
+
+def _normal_scores(columns: Tensor) -> Tensor:
+    """Normal quantiles of the ranks over all chains, ties at the mean of theirs (Blom 1958)."""
+    chains, count = columns.shape[:2]
+    values = columns.flatten(0, 1).T.contiguous()
+    ordered = values.sort(1).values
+    low, high = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    rank = (low + high + 1).double() / 2
+    score: Tensor = torch.special.ndtri((rank - 3 / 8) / (chains * count + 1 / 4))
+    return score.T.reshape(columns.shape)
+
+
+def _quantile(columns: Tensor, q: float) -> Tensor:
+    ordered = columns.flatten(0, 1).sort(0).values
+    at = q * (len(ordered) - 1)
+    low, high = ordered[math.floor(at)], ordered[math.ceil(at)]
+    return low + (at - math.floor(at)) * (high - low)
+
+
+def _variances(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance within chains, and the estimate of the whole that takes their means into account."""
+    count = columns.shape[1]
+    within = columns.var(1).mean(0)
+    total = within * (count - 1) / count
+    return within, total + columns.mean(1).var(0) if len(columns) > 1 else total
+
+
+def _scale_reduction(columns: Tensor) -> Tensor:
+    within, total = _variances(columns)
+    return (total / within).sqrt()
+
+
+def _ess(columns: Tensor) -> Tensor:
+    """Effective sample size of (chains, draws, columns), as they are."""
+    chains, count, width = columns.shape
+    within, total = _variances(columns)
+    spectrum = torch.fft.rfft(columns - columns.mean(1, keepdim=True), 2 * count, dim=1)
+    covariance = torch.fft.irfft(spectrum.abs().square(), 2 * count, dim=1)[:, :count].mean(0) / count
+    rho = 1 - (within - covariance) / total  # (draws, columns)
+    rho[0] = 1.0
+    pairs = max(0, (count - 3) // 2)  # the last that is looked at, as the noise of the longest lags is the largest
+    sums = rho[: 2 * pairs + 2].reshape(pairs + 1, 2, width).sum(1)
+    positive = (sums[:pairs] > 0).long().cumprod(0)
+    kept = positive.sum(0)
+    monotone = sums[:pairs].cummin(0).values
+    rest = rho.gather(0, (2 * kept).unsqueeze(0)).squeeze(0).clamp(min=0.0)
+    size = chains * count
+    tau = (-1 + 2 * (positive * monotone).sum(0) + rest).clamp(min=1 / math.log10(size))
+    constant = columns.flatten(0, 1).amax(0) - columns.flatten(0, 1).amin(0) < torch.finfo(torch.float64).eps
+    return torch.where(constant, float(size), size / tau)

@@ -118,6 +118,14 @@ class Target:
 
     def value_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """log f and its gradient in x, both without a graph: ``(chains,)`` and ``(chains, *event_shape)``."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # transforms of torch.func refuse requires_grad_
+
+            def total(y: Tensor) -> tuple[Tensor, Tensor]:
+                value = self.log_density(y)
+                return value.sum(), value
+
+            slope, value = torch.func.grad(total, has_aux=True)(x.detach())
+            return value.detach(), slope.detach()
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             value = self.log_density(x)

@@ -2,8 +2,8 @@ r"""Base measures: what stands under an energy, :math:`f(x) = b(x)\,e^{-E(x)}`, 
 
 A normalised b *tilts*: f is proper whenever E is bounded below. A flat b is the Lebesgue (or counting) measure of the
 support, :math:`f = e^{-E}`, and nothing but E keeps f integrable. Pyro has ``ImproperUniform`` for the flat case, which
-cannot be sampled, so that NUTS cannot start from it; a proper distribution under a mask has log-density 0 wherever it is
-asked and can be sampled. `flat` makes one for a support.
+cannot be sampled, so that NUTS cannot start from it; a proper distribution under a mask has log-density 0 wherever it
+is asked and can be sampled. `flat` makes one for a support.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def support_named(support: Any) -> Any:
 def proper(support: Any, like: Tensor) -> Any:
     """A proper distribution on the support of one number, for each entry of ``like``."""
     zero, one = torch.zeros_like(like), torch.ones_like(like)
-    if support is constraints.real:
+    if isinstance(support, type(constraints.real)):  # not by identity: a copied or loaded program has copies of them
         return dist.Normal(zero, one)
-    if support is constraints.positive:
+    if isinstance(support, type(constraints.positive)):
         return dist.Exponential(one)
-    if support is constraints.boolean:
+    if isinstance(support, type(constraints.boolean)):
         return dist.Bernoulli(one / 2)
     return dist.Uniform(zero + support.lower_bound, zero + support.upper_bound)
 

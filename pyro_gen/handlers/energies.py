@@ -1,7 +1,7 @@
 r"""Energies inside a Pyro program: factors :math:`\exp(-E(x))` that carry the network they come from.
 
-A factor multiplies the density of a program and leaves it unnormalised: :math:`f(x) = b(x)\,e^{-E_\theta(x)}` with b the
-rest of the program. `energy` is ``pyro.factor`` with three things beside: the network can be found at the site
+A factor multiplies the density of a program and leaves it unnormalised: :math:`f(x) = b(x)\,e^{-E_\theta(x)}` with b
+the rest of the program. `energy` is ``pyro.factor`` with three things beside: the network can be found at the site
 (``infer["energy"]``), the shape is held against the plates, where ``pyro.factor`` broadcasts a column over its rows
 without a word, and tensors that carry derivatives with them pass through it.
 """

@@ -8,9 +8,11 @@ independent run: an MCMC chain, or a restart of variational inference.
 ================== =============================================================================================
 group              holds
 ================== =============================================================================================
-posterior          latents (constrained) and deterministics; of a fitted program its scalar parameters, one draw
+posterior          latents (constrained) and deterministics; of a fitted program its scalar parameters, one draw;
+                   of a sampler's run its draws of x, which are data (attribute ``draws_of``)
 latent             of a fitted program: draws of the latents of each row; ``latent_stats`` their moments, the ELBO
-sample_stats       ``lp`` (log joint), ``log_q``, ``log_weight``; of MCMC ``diverging``
+sample_stats       ``lp`` (log joint), ``log_q``, ``log_weight``; of MCMC ``diverging``; of a sampler's run ``lp`` (log
+                   f), ``acceptance_rate``, ``diverging``, ``step_size``, ``ess`` of each chain
 log_likelihood     of each observed entry at each draw, event dims summed; attribute ``likelihood_kind``
 log_evidence       log p(x) of each row at a point estimate; attribute ``kind``: exact, estimate or a bound
 log_prior          of each latent

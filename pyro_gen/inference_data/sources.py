@@ -27,8 +27,10 @@ from pyro_gen.fitting.batches import as_batch
 from pyro_gen.inference_data.containers import wrap
 from pyro_gen.inference_data.draws import Call, draw_guide, own_parameters
 from pyro_gen.inference_data.groups import Chains, Parts, bayesian_groups, predictive_group, prior_groups
+from pyro_gen.inference_data.markov import markov_groups
 from pyro_gen.inference_data.programs import add_history, has_global_latents, program_groups
 from pyro_gen.inference_data.variables import SAMPLE_DIMS, Variable, datasets, plain, to_array
+from pyro_gen.samplers import Draws
 from pyro_gen.statistics import pareto_k
 
 __all__ = ["to_inference_data"]
@@ -36,7 +38,7 @@ __all__ = ["to_inference_data"]
 DRAWS = 500
 TAKES = (
     "pyro.infer.MCMC, pyro.infer.SVI, a pair (model, guide), an AutoGuide, a program, an objective module, the result "
-    "of pg.fit, or a list of runs as chains"
+    "of pg.fit, the draws of a sampler's run, or a list of runs as chains"
 )
 
 
@@ -59,8 +61,8 @@ def to_inference_data(
 
     Args:
         source: an ``MCMC`` after its run, an ``SVI``, a pair ``(model, guide)``, an ``AutoGuide``, a guide with
-            ``model=``, an objective module, the result of ``pg.fit``, a program; or a list of runs of one kind, which
-            become chains. Modules are run in evaluation mode.
+            ``model=``, an objective module, the result of ``pg.fit``, a program, the `Draws` of a sampler's run; or a
+            list of runs of one kind, which become chains. Modules are run in evaluation mode.
         data: what the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments. MCMC knows
             it. Of a program: rows x of shape ``(rows, *event_shape)``, or ``(x, context)``; best rows held out.
         model: the model, where ``source`` is a guide that does not know it.
@@ -110,6 +112,10 @@ def to_inference_data(
             stack.enter_context(scopes.forked_generators(seed))
         program = _program(source)
         parts = None
+        if isinstance(source, Draws):
+            _refuse_options(data=data, model=model, draws=draws, predictive=predictive or None, prior=prior or None)
+            parts = markov_groups(source)
+            parts.attrs[""] |= _device_of(source.x) | {"chain_kind": "MCMC chain"}
         if program is not None:
             batch = as_batch(_in_memory(_need(data, "the rows x to convert")), program)
             if not (
@@ -152,6 +158,13 @@ def _need(data: Any, what: str) -> Any:
     if data is None:
         raise ValueError(f"data is missing: give {what}, to_inference_data(source, data)")
     return data
+
+
+def _refuse_options(**given: Any) -> None:
+    """Refuse what is said of models with latents where the draws of a sampler are converted."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}= is for models and guides: draws of a sampler are converted as they are")
 
 
 def _in_memory(data: Any) -> Any:
@@ -330,7 +343,7 @@ def _describe(source: Any, seed: int | None) -> dict[str, Any]:
         "creation_library": "pyro_gen",
         "creation_library_version": sys.modules["pyro_gen"].__version__,
         "creation_library_language": "Python",
-        "inference_library": "pyro_gen" if isinstance(first, (FitResult, ObjectiveModule, Program)) else "pyro",
+        "inference_library": "pyro_gen" if isinstance(first, (FitResult, ObjectiveModule, Program, Draws)) else "pyro",
         "pyro_version": pyro.__version__,
         "torch_version": torch.__version__,
         "sample_dims": "chain, draw",
@@ -341,6 +354,8 @@ def _describe(source: Any, seed: int | None) -> dict[str, Any]:
     ]
     if isinstance(first, MCMC):
         return attrs | {"inference_method": type(first.kernel).__name__, "num_samples": first.num_samples}
+    if isinstance(first, Draws):
+        return attrs | {"inference_method": type(first.sampler).__name__, "num_samples": len(first)}
     module = first.module if isinstance(first, FitResult) else first
     if isinstance(module, ObjectiveModule):
         attrs |= {"objective": repr(module.objective), "inference_method": f"fit by {module.objective!r}"}

@@ -208,7 +208,7 @@ class EBM(Unnormalized):
 
 
 class BoltzmannTarget(Target):
-    r"""The path of a Boltzmann machine: its joint energy over v and h heated together, :math:`\sum_h e^{-\beta E(v, h)}`.
+    r"""The path of a Boltzmann machine, its joint energy over v and h heated as a whole: :math:`\sum_h e^{-\beta E}`.
 
     Every density of the path is a Boltzmann machine again, so block Gibbs leaves it invariant. At β = 0 all :math:`2^H`
     hidden states weigh the same: that is ``log_base_normalizer``.
