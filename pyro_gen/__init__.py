@@ -3,42 +3,82 @@
 from pyro_gen import datasets, diagnostics, plots, testing, transforms
 from pyro_gen.base import Bounded, Divergence, Evidence, Exact, Implicit, Unnormalized
 from pyro_gen.comparison import compare, to_elpd
-from pyro_gen.evidence import ImportanceSampling, log_evidence
-from pyro_gen.fitting import FitResult, fit, load
+from pyro_gen.diagnostics import check
+from pyro_gen.evidence import (
+    AnnealedImportanceSampling,
+    Enumeration,
+    ImportanceSampling,
+    Quadrature,
+    log_evidence,
+    log_normalizer,
+)
+from pyro_gen.fitting import FitResult, fit, load, sandwich
 from pyro_gen.guides import AmortizedFlow, NeuTra
-from pyro_gen.handlers import log_density, log_prior, score
+from pyro_gen.handlers import energy, laplacian, log_density, log_prior, score
 from pyro_gen.inference_data import to_inference_data
-from pyro_gen.objectives import ELBO, IWAE, MaximumLikelihood
-from pyro_gen.programs import VAE, Autoregressive, Flow
+from pyro_gen.objectives import (
+    ELBO,
+    IWAE,
+    ContrastiveDivergence,
+    DenoisingScoreMatching,
+    FiniteDifferenceScoreMatching,
+    MaximumLikelihood,
+    NoiseContrastive,
+    PseudoLikelihood,
+    ScoreMatching,
+    SlicedScoreMatching,
+)
+from pyro_gen.programs import EBM, VAE, Autoregressive, Flow
+from pyro_gen.samplers import HMC, MALA, Gibbs, Langevin
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EBM",
     "ELBO",
+    "HMC",
     "IWAE",
+    "MALA",
     "VAE",
     "AmortizedFlow",
+    "AnnealedImportanceSampling",
     "Autoregressive",
     "Bounded",
+    "ContrastiveDivergence",
+    "DenoisingScoreMatching",
     "Divergence",
+    "Enumeration",
     "Evidence",
     "Exact",
+    "FiniteDifferenceScoreMatching",
     "FitResult",
     "Flow",
+    "Gibbs",
     "Implicit",
     "ImportanceSampling",
+    "Langevin",
     "MaximumLikelihood",
     "NeuTra",
+    "NoiseContrastive",
+    "PseudoLikelihood",
+    "Quadrature",
+    "ScoreMatching",
+    "SlicedScoreMatching",
     "Unnormalized",
+    "check",
     "compare",
     "datasets",
     "diagnostics",
+    "energy",
     "fit",
+    "laplacian",
     "load",
     "log_density",
     "log_evidence",
+    "log_normalizer",
     "log_prior",
     "plots",
+    "sandwich",
     "score",
     "testing",
     "to_elpd",

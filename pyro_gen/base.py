@@ -474,6 +474,9 @@ class ObjectiveModule(ELBOModule):
         self.structure = shape
         return shape
 
+    def initialise(self, x: Tensor, *rest: Any) -> None:
+        """Set what the loss itself takes from data (the noise of a classifier, say), once; ``fit`` calls it."""
+
     def check_structure(self, shape: Structure) -> None:
         """Refuse a pair that this objective cannot train; called by :meth:`prepare`."""
         handlers.check_pair(shape)
@@ -490,7 +493,7 @@ class ObjectiveModule(ELBOModule):
         """log f of each row, by the family's own way where the program has one, else from a trace of the model."""
         if isinstance(self.program, Unnormalized):
             return self.program.log_density_rows(*batch, **kwargs)
-        return handlers.density_rows(self.model, *batch, **kwargs)
+        return handlers.marginal_rows(self.model, *batch, **kwargs)
 
     def forward(self, *batch: Any, total: int | None = None, **kwargs: Any) -> Tensor:
         """The loss: an estimate of the total over ``total`` rows (default: what the data plate says, else the batch).

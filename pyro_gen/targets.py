@@ -68,6 +68,11 @@ class Target:
             raise no_base()
         return self._log_base(x)
 
+    @property
+    def has_base(self) -> bool:
+        """Whether there are a normalised base and draws of it."""
+        return self._log_base is not None and self._sample_base is not None
+
     def sample_base(self, n: int) -> Tensor:
         """Exact draws of p₀: ``(n, *event_shape)``.
 
@@ -157,9 +162,8 @@ class Tempered(Target):
 
     def __init__(self, target: Target, beta: Tensor | float) -> None:
         self.target, self.beta = target, beta
-        super().__init__(
-            self._at, target.event_shape, target.template, target.support, target.log_base, target.sample_base
-        )
+        base = (target.log_base, target.sample_base) if target.has_base else (None, None)
+        super().__init__(self._at, target.event_shape, target.template, target.support, *base)
 
     def _at(self, x: Tensor) -> Tensor:
         return self.target.log_density_at(x, self.beta)
@@ -170,14 +174,13 @@ class Unconstrained(Target):
 
     def __init__(self, target: Target) -> None:
         self.target, self.transform = target, biject_to(target.support)
-        shape = self.transform.inverse_shape(target.event_shape)
         super().__init__(
             lambda y: self._pulled(target.log_density, y),
-            torch.Size(shape),
+            torch.Size(self.transform.inverse_shape(target.event_shape)),
             target.template,
             None,
-            lambda y: self._pulled(target.log_base, y),
-            lambda n: self.transform.inv(target.sample_base(n)),
+            (lambda y: self._pulled(target.log_base, y)) if target.has_base else None,
+            (lambda n: self.transform.inv(target.sample_base(n))) if target.has_base else None,
         )
 
     def _pulled(self, log_density: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:

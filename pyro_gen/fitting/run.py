@@ -94,9 +94,11 @@ class Run:
             self.stream = iter(self.batches)
         else:
             self.stream = _chain(self.first, self.stream)
+        begin = self.first if self.batches.loader is not None else self.batches.data
         if program is not None:
             program.check(*self.first)
-            program.initialise(*(self.first if self.batches.loader is not None else self.batches.data))
+            program.initialise(*begin)
+        module.initialise(*begin)
         try:
             with pyro.validation_enabled(True):
                 module.prepare(*self.first)

@@ -18,8 +18,6 @@ import math
 from collections.abc import Callable, Iterable
 
 from pyro_gen.handlers.densities import (
-    density_rows,
-    log_density,
     log_prior,
     log_weight,
     row_log_prob,
@@ -27,8 +25,9 @@ from pyro_gen.handlers.densities import (
     weigh,
     with_particles,
 )
-from pyro_gen.handlers.derivatives import score
+from pyro_gen.handlers.derivatives import laplacian, score
 from pyro_gen.handlers.energies import Factor, energy
+from pyro_gen.handlers.marginal import log_density, marginal_rows
 from pyro_gen.handlers.sites import (
     PARTICLE_PLATE,
     Site,
@@ -58,14 +57,15 @@ __all__ = [
     "annotations",
     "check_pair",
     "count_rows",
-    "density_rows",
     "energy",
     "find_data_plate",
     "free_latents",
     "innermost",
+    "laplacian",
     "log_density",
     "log_prior",
     "log_weight",
+    "marginal_rows",
     "math",
     "pair_sites",
     "pair_traces",

@@ -24,8 +24,6 @@ from pyro_gen.handlers.sites import (
 from pyro_gen.handlers.structure import Structure, check_pair, pair_traces, require_local, structure
 
 __all__ = [
-    "density_rows",
-    "log_density",
     "log_prior",
     "log_weight",
     "row_log_prob",
@@ -40,47 +38,6 @@ def row_log_prob(site: Site, dims: tuple[int, ...]) -> Tensor:
     log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
     rest = [d for d in range(-log_prob.dim(), 0) if d not in dims]
     return cast(Tensor, log_prob.sum(rest) if rest else log_prob)
-
-
-def log_density(model: Callable[..., Any], *batch: Any, **kwargs: Any) -> Tensor:
-    r"""Log-density of each row, :math:`\log f(x_n)`, from a trace of the program; unnormalised if it has factors.
-
-    Args:
-        model: any Pyro program without free latent sites; called as ``model(*batch)``.
-        batch: ``x`` of shape ``(rows, ...)`` and what else the program takes.
-
-    Returns:
-        Tensor of shape ``(rows,)``, in nats. Sites outside the data plate are left out: see :func:`log_prior`.
-
-    Raises:
-        ValueError: if a latent site is left free, or no plate runs over the rows.
-
-    Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("x", dist.Normal(x.new_zeros(()), 1.0), obs=x)
-        >>> log_density(model, torch.zeros(2))
-        tensor([-0.9189, -0.9189])
-    """
-    with poutine.block():
-        return density_rows(model, *batch, **kwargs)
-
-
-def density_rows(model: Callable[..., Any], *batch: Any, **kwargs: Any) -> Tensor:
-    """As :func:`log_density`, with its sites visible to the handlers around it."""
-    sites = sample_sites(poutine.trace(model).get_trace(*batch, **kwargs))
-    free = [n for n, s in sites.items() if site_kind(s) == "latent"]
-    if free:
-        raise free_latents(free)
-    rows = count_rows(batch)
-    plate = find_data_plate(sites.values(), rows)
-    if plate is None:
-        raise ValueError(
-            f"log_density needs one value a row, and this program has no plate over its {rows} rows: "
-            'put the sites of a row inside `with pyro.plate("data", x.shape[0]):`'
-        )
-    return row_total(sites, plate.name)
 
 
 def log_prior(model: Callable[..., Any], *batch: Any, **kwargs: Any) -> Tensor:

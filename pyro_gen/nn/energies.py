@@ -7,7 +7,6 @@ network has ΔE = 0 almost everywhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -92,21 +91,23 @@ class RBM(nn.Module):
         return -self.log_sum(v, 1.0)
 
     def log_sum(self, v: Tensor, beta: Tensor | float) -> Tensor:
-        r"""log Σ_h exp(−β E(v, h)) of each row; at β = 0 it is H log 2."""
-        beta = torch.as_tensor(beta, dtype=v.dtype, device=v.device)
-        column = beta.unsqueeze(-1) if beta.dim() else beta
-        hidden = nn.functional.softplus(column * (self.hidden_bias + v @ self.weight)).sum(-1)
-        return beta * (v @ self.visible_bias) + hidden
+        r"""Sum over h at coupling β, :math:`\log \sum_h e^{b^\top v + c^\top h + \beta v^\top W h}`, of each row."""
+        hidden = nn.functional.softplus(self.hidden_bias + _column(beta, v) * (v @ self.weight)).sum(-1)
+        return v @ self.visible_bias + hidden
 
-    @property
-    def log_sum_at_zero(self) -> float:
-        """``log_sum`` of any row at β = 0."""
-        return self.weight.shape[1] * math.log(2)
+    def log_uncoupled(self) -> Tensor:
+        """log Σ_v Σ_h of the same at β = 0, where all units are independent: a scalar."""
+        return nn.functional.softplus(self.visible_bias).sum() + nn.functional.softplus(self.hidden_bias).sum()
 
     @torch.no_grad()
     def sweep(self, v: Tensor, beta: Tensor | float = 1.0) -> Tensor:
-        """One sweep of block Gibbs at inverse temperature β: all hidden units given v, then all of v given those."""
-        beta = torch.as_tensor(beta, dtype=v.dtype, device=v.device)
-        column = beta.unsqueeze(-1) if beta.dim() else beta
-        h = torch.bernoulli(torch.sigmoid(column * (self.hidden_bias + v @ self.weight)))
-        return torch.bernoulli(torch.sigmoid(column * (self.visible_bias + h @ self.weight.T)))
+        """One sweep of block Gibbs at coupling β: all hidden units given v, then all of v given those."""
+        column = _column(beta, v)
+        h = torch.bernoulli(torch.sigmoid(self.hidden_bias + column * (v @ self.weight)))
+        return torch.bernoulli(torch.sigmoid(self.visible_bias + column * (h @ self.weight.T)))
+
+
+def _column(beta: Tensor | float, v: Tensor) -> Tensor:
+    """β as a tensor that multiplies the rows of v: one for all, or one for each."""
+    beta = torch.as_tensor(beta, dtype=v.dtype, device=v.device)
+    return beta.unsqueeze(-1) if beta.dim() else beta

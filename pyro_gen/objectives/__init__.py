@@ -1,7 +1,23 @@
 """Objectives: one principle a file, its derivation first."""
 
+from pyro_gen.objectives.contrastive import ContrastiveDivergence
+from pyro_gen.objectives.denoising import DenoisingScoreMatching
 from pyro_gen.objectives.elbo import ELBO
 from pyro_gen.objectives.importance_weighted import IWAE
 from pyro_gen.objectives.likelihood import MaximumLikelihood
+from pyro_gen.objectives.noise_contrastive import NoiseContrastive
+from pyro_gen.objectives.pseudo_likelihood import PseudoLikelihood
+from pyro_gen.objectives.score_matching import FiniteDifferenceScoreMatching, ScoreMatching, SlicedScoreMatching
 
-__all__ = ["ELBO", "IWAE", "MaximumLikelihood"]
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "ContrastiveDivergence",
+    "DenoisingScoreMatching",
+    "FiniteDifferenceScoreMatching",
+    "MaximumLikelihood",
+    "NoiseContrastive",
+    "PseudoLikelihood",
+    "ScoreMatching",
+    "SlicedScoreMatching",
+]

@@ -31,7 +31,7 @@ class MaximumLikelihoodModule(ObjectiveModule):
     def pointwise(self, *batch: Any, **kwargs: Any) -> Tensor:
         if isinstance(self.program, Exact) and type(self.program).log_prob is not Exact.log_prob:
             return -self.program.log_prob(*batch, **kwargs)  # the family's own, faster than a trace
-        return -handlers.density_rows(self.model, *batch, **kwargs)
+        return -handlers.marginal_rows(self.model, *batch, **kwargs)
 
 
 class MaximumLikelihood(Objective[Exact]):

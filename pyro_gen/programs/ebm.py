@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import pyro
 import torch
+from pyro.distributions import Bernoulli
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -208,18 +209,18 @@ class EBM(Unnormalized):
 
 
 class BoltzmannTarget(Target):
-    r"""The path of a Boltzmann machine, its joint energy over v and h heated as a whole: :math:`\sum_h e^{-\beta E}`.
+    r"""The path of a Boltzmann machine, its W grown from 0: :math:`\sum_h e^{b^\top v + c^\top h + \beta v^\top W h}`.
 
-    Every density of the path is a Boltzmann machine again, so block Gibbs leaves it invariant. At β = 0 all :math:`2^H`
-    hidden states weigh the same: that is ``log_base_normalizer``.
+    Every density of the path is a Boltzmann machine again, so block Gibbs leaves it invariant. At β = 0 all units are
+    independent, :math:`v_i \sim Bernoulli(\sigma(b_i))`: that is the base, and its sum is ``log_base_normalizer``.
     """
 
     def __init__(self, net: RBM, target: Target, beta: Tensor | float = 1.0, *, flat: bool = False) -> None:
         self.net, self.target, self.beta, self.flat = net, target, beta, flat
-        coins = target.event_shape.numel() * math.log(2)  # log of the number of states
-        self.log_coin = 0.0 if flat else -coins
-        self.log_base_normalizer = net.log_sum_at_zero + (coins if flat else 0.0)
-        rest = target.event_shape, target.template, target.support, target.log_base, target.sample_base
+        self.log_coin = 0.0 if flat else -target.event_shape.numel() * math.log(2)  # of one state under fair coins
+        self.log_base_normalizer = float(net.log_uncoupled().detach()) + self.log_coin
+        coins = Bernoulli(logits=net.visible_bias.detach()).to_event(1)
+        rest = target.event_shape, target.template, target.support, coins.log_prob, lambda n: coins.sample((n,))
         super().__init__(lambda x: self.log_density_at(x, beta), *rest)
 
     def log_density_at(self, x: Tensor, beta: Tensor | float) -> Tensor:

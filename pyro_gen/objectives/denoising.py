@@ -1,0 +1,342 @@
+r"""Denoising score matching (Vincent 2011): regress the score on the direction back from a noisy datum to its source.
+
+Add noise, :math:`y = x + \sigma n` with :math:`n \sim N(0, I)`. The density of y is
+:math:`p_\sigma = p_{data} * N(0, \sigma^2 I)`, and :math:`\nabla_y \log p(y \mid x) = -n / \sigma` has
+:math:`\nabla \log p_\sigma(y)` for its mean given y. So the score s of a model that minimises
+
+.. math:: L(\theta) = \sum_x E_n\, \tfrac12 \sigma^2\, \Big| s_\theta(x + \sigma n) + \frac{n}{\sigma} \Big|^2
+
+is that of :math:`p_\sigma`. First derivatives suffice, no Laplacian. The factor :math:`\sigma^2` makes the loss free of
+units, :math:`\frac12 |\sigma s + n|^2`: scores are of size 1/σ, so every level weighs alike, and x and σ may be
+rescaled together. The price is a bias that no amount of data removes: the estimate is of :math:`p_\sigma`. Gaussian
+data of variance v give the precision :math:`1 / (v + \sigma^2)`. And as σ falls the variance of the gradient grows as
+:math:`1/\sigma^2`, unless the noise comes in pairs ±n, where the leading term cancels.
+
+*Several levels.* An energy that takes the level as its context learns every :math:`p_\sigma`. One energy for all
+levels, with shares :math:`w_l` of the loss, has the minimum :math:`s = \sum_l w_l \sigma_l^2\, \nabla p_{\sigma_l} /
+\sum_l w_l \sigma_l^2\, p_{\sigma_l}` (as :math:`p \nabla \log p = \nabla p`), which is again a score, that of the
+*mixture* :math:`\sum_l \pi_l\, p_{\sigma_l}` with :math:`\pi_l \propto w_l \sigma_l^2`: that is what ``mixture=`` sets.
+A small share of broad noise lays a bridge of data between far modes, without which no score knows their weights.
+
+*Which σ?* This loss cannot tell: its least value is :math:`\frac d2 - \frac12 \sigma^2 E|\nabla \log p_\sigma|^2`,
+another for each σ. `choose_sigma` compares by a criterion on clean held-out rows, whose unknown constant has no σ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_gen import handlers, scopes
+from pyro_gen.base import Objective, ObjectiveModule, Unnormalized, context_error
+from pyro_gen.checks import check_count, describe
+from pyro_gen.objectives.observed_supports import observing_site, support_of
+from pyro_gen.targets import is_real
+
+__all__ = ["DenoisingScoreMatching", "SigmaChoice", "choose_sigma"]
+
+
+class DenoisingScoreMatchingModule(ObjectiveModule):
+    """The loss; its state are the levels, and the spread of the data where σ is relative to it."""
+
+    objective: DenoisingScoreMatching
+    levels: Tensor
+    shares: Tensor
+    spread: Tensor
+    measured: Tensor
+
+    def __init__(self, model: Any, guide: Any, objective: DenoisingScoreMatching) -> None:
+        super().__init__(model, guide, objective)
+        self.register_buffer("levels", torch.tensor(objective.levels))
+        self.register_buffer("shares", torch.tensor(objective.shares))
+        self.register_buffer("spread", torch.ones(()))
+        self.register_buffer("measured", torch.tensor(False))
+
+    def initialise(self, x: Tensor, *rest: Any) -> None:
+        """Take the unit of a relative σ, the standard deviation of each feature, from these rows: once.
+
+        The first call of the loss does it by its batch; call this before with all of the data.
+        """
+        if not self.objective.relative or bool(self.measured):
+            return
+        if len(x) < 2:
+            raise ValueError(
+                "relative=True takes standard deviations from the first batch, which has one row: give more"
+            )
+        spread = x.detach().std(0, unbiased=False)
+        self.spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+        self.measured.fill_(True)
+
+    def prepare(self, *batch: Any, **kwargs: Any) -> handlers.Structure:
+        x = batch[0]
+        full = self._with_level(batch, torch.zeros(len(x), dtype=torch.long, device=x.device))
+        shape = super().prepare(*full, **kwargs)
+        site = observing_site(self.model, *full, **kwargs)
+        support = support_of(site and site["fn"], x.dim() - 1)
+        if support.is_discrete or not x.dtype.is_floating_point:
+            raise ValueError(
+                f"DenoisingScoreMatching adds normal noise to x, and the data site is discrete ({support}): use "
+                "pg.PseudoLikelihood, or pg.NoiseContrastive with discrete noise"
+            )
+        if not is_real(support):
+            raise ValueError(
+                f"DenoisingScoreMatching moves x by normal noise, out of the support of the data site ({support}): "
+                "use pg.ScoreMatching, whose weighted form takes bounded supports, or transform x to the real line"
+            )
+        if self.levels.dtype != x.dtype or self.levels.device != x.device:  # from the numbers, so none is rounded twice
+            self.levels = torch.tensor(self.objective.levels, dtype=x.dtype, device=x.device)
+            self.shares = torch.tensor(self.objective.shares, dtype=x.dtype, device=x.device)
+            self.spread = self.spread.to(self.levels)
+        self.initialise(*batch)
+        return shape
+
+    def check_structure(self, shape: handlers.Structure) -> None:
+        shape.require_data_plate("DenoisingScoreMatching")
+        free = [name for name in shape.model_latents if name not in shape.enumerated]
+        if free:
+            raise handlers.free_latents(free)
+
+    def score(self, y: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        """∇ log f at y, of the shape of y: the one place where this loss meets the kind of its program."""
+        result: Tensor = torch.func.grad(lambda at: self.log_density_rows(at, *rest, **kwargs).sum())(y)
+        return result
+
+    def pointwise(self, *batch: Any, **kwargs: Any) -> Tensor:
+        """The loss of each row at one draw of its noise (or of a pair ±n), and of its level: ``(rows,)``."""
+        if self.structure is None:
+            self.prepare(*batch, **kwargs)
+        x, count = batch[0], len(self.levels)
+        noise = torch.normal(torch.zeros_like(x), torch.ones_like(x))
+        offset = torch.randint(count, (), device=x.device) if count > 1 else torch.zeros((), device=x.device)
+        # each row's level is uniform, and a batch has all of them in equal numbers, which spares variance
+        index = (torch.arange(len(x), device=x.device) + offset.long()) % count
+        sigma = self.levels[index].reshape(-1, *[1] * (x.dim() - 1)) * self.spread
+        signs = (1.0, -1.0) if self.objective.antithetic else (1.0,)
+        total: Any = 0.0
+        for sign in signs:
+            y, *rest = self._with_level((x + sign * sigma * noise, *batch[1:]), index)
+            gap = sigma * self.score(y, *rest, **kwargs) + sign * noise
+            total = total + gap.square().reshape(len(x), -1).sum(1)
+        loss: Tensor = self.shares[index] * total / (2 * len(signs))
+        return loss
+
+    def _with_level(self, batch: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:
+        """The batch with log σ as the last entry of its context, where the program takes the level."""
+        x, *given = batch
+        shape = None if self.program is None else self.program.context_shape
+        found = shape == (1,) and not given and len(self.levels) > 1
+        if not (found if self.objective.condition is None else self.objective.condition):
+            return batch
+        level = self.levels[index].log().to(x).unsqueeze(1)
+        if self.program is not None and (shape is None or len(shape) != 1):
+            raise ValueError(
+                "condition=True passes log σ as the last entry of the context, so the program needs a context_shape of "
+                f"one dimension, 1 without other context; it has {None if shape is None else tuple(shape)}"
+            )
+        if not given:
+            if shape is not None and shape[0] != 1:
+                raise ValueError(context_error(shape))
+            return x, level
+        context = given[0]
+        if shape is None or context.shape[1] == shape[0]:  # as wide as the program's: its last entry is the level's
+            context = context[:, :-1]
+        return x, torch.cat([context, level], 1), *given[1:]
+
+
+class DenoisingScoreMatching(Objective[Unnormalized]):
+    r"""Denoising score matching, :math:`\frac12 |\sigma\, s(x + \sigma n) + n|^2`: the score of the data under noise.
+
+    Z has dropped out of the score. What is estimated is the density of x + σn, at one level or, annealed, at several.
+
+    Args:
+        sigma: standard deviation of the noise, in the units of x.
+        sigmas: instead of ``sigma``, several levels; or two ends of a ladder of ``levels`` steps.
+        levels: number of levels, geometric between the two numbers of ``sigmas``.
+        relative: σ counts standard deviations of each feature instead, measured on the first batch.
+        condition: the program takes the level: log σ is passed as the last entry of its context (``context_shape=1``
+            where there is no other). None finds out: a program with ``context_shape=1`` under several levels. Data are
+            ``x``, or ``(x, context)`` where the context may have a column for the level, whose values are not used.
+        mixture: for an energy without level, the share :math:`\pi_l` of each level in the mixture of noisy densities
+            that it estimates, in the order of the levels; None weighs the losses of all levels alike, which is
+            :math:`\pi_l \propto \sigma_l^2`.
+        antithetic: draw the noise in pairs ±n: twice the work, and a gradient whose variance stays finite as σ falls.
+
+    Raises:
+        ValueError: for σ that is not positive and finite, or neither or both of ``sigma`` and ``sigmas``; at the first
+            call for discrete or bounded data, a free latent site, no plate over rows.
+        TypeError: for a program whose log f is not known.
+
+    References:
+        P. Vincent, "A connection between score matching and denoising autoencoders", Neural Computation 23,
+        2011, eq. 12.
+        Y. Song, S. Ermon, "Generative modeling by estimating gradients of the data distribution", 2019,
+        arXiv:1907.05600, eqs. 5 and 6.
+        Z. Li, Y. Chen, F. Sommer, "Learning energy-based models in high-dimensional spaces with multiscale denoising
+        score matching", 2019, arXiv:1910.07762 (one energy for all levels).
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(x.new_zeros(1), 1.0).to_event(1), obs=x)
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(4000, 1)      # ½ E|σ s(y) + n|² with s = −y: ½ (σ² (1 + σ²) + 1 − 2 σ²) = .45 at σ = .3…
+        >>> DenoisingScoreMatching(0.3)(model)(x) / len(x)
+        tensor(0.4...)
+    """
+
+    needs = (Unnormalized,)
+    loss_is = "generalized"
+    module_class = DenoisingScoreMatchingModule
+
+    def __init__(
+        self,
+        sigma: float | None = None,
+        *,
+        sigmas: Sequence[float] | None = None,
+        levels: int | None = None,
+        relative: bool = False,
+        condition: bool | None = None,
+        mixture: Sequence[float] | None = None,
+        antithetic: bool = False,
+    ) -> None:
+        super().__init__()
+        if (sigma is None) == (sigmas is None):
+            raise ValueError(
+                "give sigma=, one level of noise in the units of x (or in standard deviations of x, with "
+                f"relative=True), or sigmas=, several of them; got sigma={describe(sigma)}, sigmas={describe(sigmas)}"
+            )
+        if sigmas is not None and (isinstance(sigmas, str) or not isinstance(sigmas, Sequence) or not len(sigmas)):
+            raise ValueError(f"sigmas must be a sequence of numbers such as (0.1, 1.0), got {describe(sigmas)}")
+        given = [sigma] if sigmas is None else list(sigmas)
+        name = "sigma" if sigmas is None else "sigmas"
+        values = [_positive(value, name) for value in given]
+        if levels is not None:
+            if sigmas is None or len(values) != 2 or values[0] == values[1]:
+                raise ValueError(
+                    f"levels= divides the way between two different numbers, sigmas=(low, high); got "
+                    f"{name}={describe(sigma if sigmas is None else sigmas)}"
+                )
+            if check_count(levels, "levels") < 2:
+                raise ValueError("levels must be at least 2, both ends of sigmas: for one level give sigma=")
+            low, high = map(math.log, values)
+            values = [math.exp(low + (high - low) * i / (levels - 1)) for i in range(levels)]
+        if condition not in (None, True, False):
+            raise ValueError(f"condition must be True, False or None, got {describe(condition)}")
+        if mixture is not None:
+            if condition:
+                raise ValueError("mixture= belongs to an energy without level: with condition=True each has its own")
+            if isinstance(mixture, str) or not isinstance(mixture, Sequence) or len(mixture) != len(values):
+                raise ValueError(
+                    f"mixture must have one share for each of the {len(values)} levels, got {describe(mixture)}"
+                )
+            mixture = [_positive(share, "mixture") for share in mixture]
+        self.sigma, self.sigmas, self.levels_given, self.levels = sigma, sigmas, levels, values
+        self.relative, self.mixture, self.antithetic = bool(relative), mixture, bool(antithetic)
+        self.condition = condition
+        weights = [1.0] * len(values) if mixture is None else [m / v**2 for m, v in zip(mixture, values, strict=True)]
+        self.shares = [weight * len(values) / sum(weights) for weight in weights]
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "sigma": self.sigma,
+            "sigmas": None if self.sigmas is None else [float(value) for value in self.sigmas],
+            "levels": self.levels_given,
+            "relative": self.relative,
+            "condition": self.condition,
+            "mixture": self.mixture,
+            "antithetic": self.antithetic,
+        }
+
+
+class SigmaChoice(NamedTuple):
+    """What `choose_sigma` found.
+
+    Attributes:
+        sigma: of the least criterion.
+        sigmas: all that were tried.
+        values: mean of the criterion over the held-out rows, for each.
+        differences: how far each is above the least.
+        standard_errors: of those differences, paired row by row.
+    """
+
+    sigma: float
+    sigmas: tuple[float, ...]
+    values: tuple[float, ...]
+    differences: tuple[float, ...]
+    standard_errors: tuple[float, ...]
+
+
+def choose_sigma(
+    train: Callable[[float], Unnormalized], held_out: Tensor, sigmas: Sequence[float], criterion: Objective[Any]
+) -> SigmaChoice:
+    r"""Choose the noise of denoising score matching by what its programs say of clean rows held out.
+
+    Denoising losses at different σ have different least values, so they do not rank σ. A loss of the clean data does:
+    exact score matching is :math:`\frac12 E|s_\theta - \nabla \log p_{data}|^2` plus a constant of the data alone, the
+    negative log-likelihood of a normalised program is its KL plus another. Small σ has less bias, large σ less variance
+    (and a bridge between modes, which score matching on clean data cannot see): the criterion weighs the first two.
+
+    Args:
+        train: from σ to a trained program, on rows other than ``held_out``.
+        held_out: clean rows, ``(rows, *event_shape)``, two at least.
+        sigmas: the values to try.
+        criterion: a loss that is a sum over rows and not random: ``pg.ScoreMatching()``, or ``pg.MaximumLikelihood()``
+            for programs of kind `Exact`.
+
+    Returns:
+        SigmaChoice: the best σ, and how clearly it is the best.
+
+    Raises:
+        ValueError: for no or bad ``sigmas``, a random criterion, too few rows, or a criterion that is not finite.
+
+    Example:
+        >>> import torch, pyro_gen as pg
+        >>> def train(sigma):
+        ...     flow = pg.Flow(1, "linear")
+        ...     _ = pg.fit(DenoisingScoreMatching(sigma)(flow), x[:400], steps=200, lr=0.05, seed=0, progress=False)
+        ...     return flow
+        >>> x = torch.randn(800, 1, generator=torch.Generator().manual_seed(0))
+        >>> choose_sigma(train, x[400:], (0.3, 3.0), pg.MaximumLikelihood()).sigma
+        0.3
+    """
+    tried = tuple(_positive(value, "sigmas") for value in sigmas)
+    if not tried:
+        raise ValueError("sigmas is empty: give the values to try")
+    if not isinstance(criterion, Objective) or isinstance(criterion, DenoisingScoreMatching):
+        raise TypeError(
+            "criterion must be a loss of clean rows, pg.ScoreMatching() or pg.MaximumLikelihood(): the denoising loss "
+            f"has another least value at each σ; got {describe(criterion)}"
+        )
+    if not criterion.deterministic:
+        raise ValueError(f"criterion must not be random, and {criterion!r} is: its noise would do the choosing")
+    if len(held_out) < 2:
+        raise ValueError(f"held_out must have two rows at least, for a standard error; got {len(held_out)}")
+    found = []
+    for sigma in tried:
+        program = train(sigma)
+        module = criterion(program)
+        with torch.no_grad(), scopes.evaluation_mode(program):
+            rows = module.pointwise(*program.check(held_out)).double()
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError(f"the criterion is not finite on a held-out row at sigma={sigma}: look at that program")
+        found.append(rows)
+    best = min(range(len(tried)), key=lambda i: float(found[i].mean()))
+    apart = [rows - found[best] for rows in found]
+    return SigmaChoice(
+        tried[best],
+        tried,
+        tuple(float(rows.mean()) for rows in found),
+        tuple(float(gap.mean()) for gap in apart),
+        tuple(float(gap.std()) / math.sqrt(len(held_out)) for gap in apart),
+    )
+
+
+def _positive(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {describe(value)}")
+    return float(value)

@@ -1,0 +1,424 @@
+r"""Noise-contrastive estimation (Gutmann & Hyvärinen 2012): log Z learnt as a parameter, by telling data from noise.
+
+Mix each datum with ν draws of a known density :math:`p_n`. The posterior probability that u is a datum has the log odds
+
+.. math:: G(u) = \log f_\theta(u) - c - \log p_n(u) - \log \nu ,
+
+if :math:`f_\theta\, e^{-c}` is the density of the data. Logistic regression on the labels, with the classifier held to
+this form,
+
+.. math:: L(\theta, c) = -\sum_n \Big[ \log \sigma(G(x_n)) + \sum_{k=1}^{\nu} \log \sigma(-G(y_{nk})) \Big],
+          \qquad y_{nk} \sim p_n,
+
+has its minimum where the odds are the true ones, :math:`f_\theta\, e^{-c} = p_{data}`, hence where :math:`c = \log Z`.
+In likelihood c could not be free: log f − c would rise without end. Here noise rows pay for it.
+
+*Errors.* With :math:`g = \nabla_{(\theta, c)}\, (\log f - c)`, :math:`P = \nu p_n / (p_{data} + \nu p_n)`,
+:math:`I = \int g g^\top P\, p_{data}` and :math:`m = \int g P\, p_{data}`, N times the covariance of the estimate tends
+to :math:`I^{-1} - (1 + 1/\nu)\, I^{-1} m m^\top I^{-1}`, and that of θ to the inverse Fisher information as ν grows.
+Noise near the data is best; noise without mass where data lie tells nothing of Z there, and is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Literal
+
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn.functional import softplus
+
+from pyro_gen import handlers, scopes
+from pyro_gen.base import Evidence, Exact, Objective, ObjectiveModule, Program, Unnormalized
+from pyro_gen.checks import check_count, describe
+from pyro_gen.distributions.held import Held
+from pyro_gen.objectives.observed_supports import observed_among, observing_site, outside, support_of, within
+from pyro_gen.statistics import log_mean_exp
+from pyro_gen.targets import is_real
+
+__all__ = ["NoiseContrastive"]
+
+Noise = Literal["normal", "diagonal"] | Distribution | Exact | None
+
+START_DRAWS = 1000  # of the noise, for a first log Z
+MOST_PARAMETERS = 500  # of a sandwich, whose matrices have so many rows
+
+
+class FittedNormal(nn.Module):
+    """A normal distribution with mean and covariance of data, over flat rows."""
+
+    loc: Tensor
+    factor: Tensor
+
+    def __init__(self, features: int, diagonal: bool) -> None:
+        super().__init__()
+        self.diagonal = diagonal
+        self.register_buffer("loc", torch.zeros(features))
+        self.register_buffer("factor", torch.ones(features) if diagonal else torch.eye(features))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Take mean and covariance of rows, ``(rows, features)``."""
+        loc, double = x.mean(0), x.double()
+        if self.diagonal:
+            factor = double.std(0, unbiased=False)
+            bad = not bool((factor > 0).all())
+        else:
+            centred = double - double.mean(0)
+            factor, info = torch.linalg.cholesky_ex(centred.T @ centred / len(x))
+            # below rounding of the data's own dtype a direction has no spread
+            least = torch.finfo(x.dtype).eps * double.std(0, unbiased=False)
+            bad = bool(info) or not bool((factor.diagonal() > least).all())
+        if bad:
+            advice = "drop constant features, or give a distribution"
+            raise ValueError(
+                f"noise={'diagonal' if self.diagonal else 'normal'!r} is fitted to {len(x)} rows of {x.shape[1]} "
+                "features, which have no spread in some direction: "
+                + (advice if self.diagonal else f"noise='diagonal' leaves out correlations; or {advice}, or more rows")
+            )
+        self.loc, self.factor = loc, factor.to(x)
+
+    def forward(self) -> Any:
+        if self.diagonal:
+            return dist.Normal(self.loc, self.factor).to_event(1)
+        return dist.MultivariateNormal(self.loc, scale_tril=self.factor)
+
+
+class FrozenProgram(nn.Module):
+    """A copy of a program of kind `Exact`, so that what trains the program elsewhere leaves the noise as it is."""
+
+    def __init__(self, program: Exact) -> None:
+        super().__init__()
+        self.program = copy.deepcopy(program).requires_grad_(False).eval()
+
+
+class FrozenBase(nn.Module):
+    """The distribution at the data site of a frozen copy of a model; ``forward()`` has a batch dimension of 1."""
+
+    row: Tensor
+
+    def __init__(self, model: nn.Module, row: Tensor) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.register_buffer("row", row.detach().clone())
+
+    def forward(self) -> Any:
+        return distribution_of_row(self.model, self.row)
+
+
+def distribution_of_row(model: Any, row: Tensor, *rest: Any, **kwargs: Any) -> Any:
+    """What stands at the data site of a model now, in a run on one row that can be traced."""
+    with torch.no_grad(), poutine.block(), scopes.hide_bare_parameters():
+        sites = handlers.sample_sites(poutine.trace(model).get_trace(row, *rest, **kwargs))
+    site: Any = observed_among(sites, row)
+    return handlers.unmasked(site["fn"])
+
+
+class NoiseContrastiveModule(ObjectiveModule):
+    """The loss; its state are log Z, a parameter, and the noise, which is not trained.
+
+    Attributes:
+        log_z: the estimate of log Z, a scalar parameter.
+    """
+
+    objective: NoiseContrastive
+    started: Tensor
+
+    def __init__(self, model: Any, guide: Any, objective: NoiseContrastive) -> None:
+        super().__init__(model, guide, objective)
+        own = next((t for t in (*self.parameters(), *self.buffers()) if t.dtype.is_floating_point), torch.empty(0))
+        self.log_z = nn.Parameter(own.new_zeros(()))
+        self.register_buffer("started", torch.tensor(False))
+        noise = objective.noise
+        self.noise: nn.Module | None = None
+        self.row: Tensor | None
+        self.register_buffer(
+            "row", None, persistent=False
+        )  # of data whose support is not the real space: noise may miss it
+        if isinstance(noise, Exact):
+            self.noise = FrozenProgram(noise)
+        elif isinstance(noise, Distribution):
+            self.noise = Held(noise)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if self.noise is None:  # made at the first call, which may not have been yet; what follows fills it
+            if f"{prefix}noise.factor" in state_dict:
+                features = len(state_dict[f"{prefix}noise.loc"])
+                self.noise = FittedNormal(features, self.objective.noise == "diagonal").to(self.log_z)
+            elif f"{prefix}noise.row" in state_dict:
+                self.noise = FrozenBase(self.model, state_dict[f"{prefix}noise.row"].to(self.log_z))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def check_structure(self, shape: handlers.Structure) -> None:
+        shape.require_data_plate("NoiseContrastive")
+        free = [name for name in shape.model_latents if name not in shape.enumerated]
+        if free:
+            raise handlers.free_latents(free)
+
+    def prepare(self, *batch: Any, **kwargs: Any) -> handlers.Structure:
+        x, rows = batch[0], len(batch[0])
+        others = [t for t in (*batch[1:], *kwargs.values()) if isinstance(t, Tensor) and t.dim() and len(t) == rows]
+        if others or (self.program is not None and self.program.context_shape is not None):
+            raise ValueError(
+                "NoiseContrastive learns one log Z, and this program has a Z for each context: train p(x | context) by "
+                "pg.ScoreMatching or pg.DenoisingScoreMatching, or fix the context in the program"
+            )
+        shape = super().prepare(*batch, **kwargs)
+        if (self.log_z.dtype != x.dtype and x.dtype.is_floating_point) or self.log_z.device != x.device:
+            self.log_z.data = self.log_z.data.to(x if x.dtype.is_floating_point else x.device)
+        self.initialise(x)
+        site = observing_site(self.model, x[:1], *batch[1:], **kwargs)
+        support = support_of(site and site["fn"], x.dim() - 1)
+        if site is not None and not is_real(support) and self.row is None:
+            self.register_buffer("row", x[:1].detach().clone(), persistent=False)
+        if self.objective.noise is None and self.noise is None:
+            self.noise = self._base(site, x[:1])
+        with torch.no_grad(), scopes.forked_generators(0), poutine.block():
+            if not x.is_meta:
+                self._check_noise(x, support)
+            if not bool(self.started):
+                self.started.fill_(True)
+                self._start(batch, kwargs, shape)
+        return shape
+
+    def initialise(self, x: Tensor, *rest: Any) -> None:
+        """Fit the noise to these rows, where it is one that is fitted: once.
+
+        The first call of the loss does it by its batch; call this before with all of the data.
+        """
+        if self.noise is None and isinstance(self.objective.noise, str):
+            noise = FittedNormal(x.shape[1:].numel(), self.objective.noise == "diagonal").to(x)
+            noise.fit(x.flatten(1))
+            self.noise = noise
+
+    def _base(self, site: Any, row: Tensor) -> nn.Module:
+        """The program's own base as noise, as it stands now: a base that is trained on would be a moving target."""
+        if isinstance(self.program, Unnormalized):
+            try:
+                with scopes.forked_generators():
+                    self.program.target().sample_base(1)
+            except (ValueError, NotImplementedError) as error:
+                raise ValueError(
+                    f"noise=None takes the program's base for noise: {error}; or noise='normal'"
+                ) from error
+        if site is None:
+            raise ValueError(
+                "noise=None takes the distribution at the data site for noise, and no site observes x: give "
+                "noise='normal' or a distribution"
+            )
+        fixed = Held(handlers.unmasked(site["fn"]))  # of a function: its parameters are in the tensors of the site
+        return FrozenBase(self.model, row) if isinstance(self.model, nn.Module) else fixed
+
+    def _check_noise(self, x: Tensor, support: Any) -> None:
+        """Refuse noise that does not cover the data, or that is of another shape."""
+        shape, noise = tuple(x.shape[1:]), self.objective.noise
+        covered: Any = None
+        if isinstance(self.noise, FrozenProgram):
+            program: Any = self.noise.program
+            covering = observing_site(program.model, x[:1])
+            covered = support_of(covering and covering["fn"], len(shape))
+        elif isinstance(noise, Distribution):
+            if tuple(noise.batch_shape) or tuple(noise.event_shape) != shape:
+                raise ValueError(
+                    f"noise must have event shape {shape} and no batch shape, as a row of x; got event "
+                    f"{tuple(noise.event_shape)}, batch {tuple(noise.batch_shape)}: .to_event({len(shape)}) makes a "
+                    "batch of scalars one datum"
+                )
+            covered = noise.support
+        if isinstance(noise, str) and support.is_discrete:
+            raise ValueError(
+                f"noise={noise!r} is continuous and the data site is discrete ({support}): give a discrete "
+                "distribution, or noise=None for the program's base"
+            )
+        if covered is not None:
+            if covered.is_discrete != support.is_discrete or not within(support, covered):
+                raise ValueError(
+                    f"noise has the support {covered}, smaller than that of the data site, {support}: where noise has "
+                    "no mass Z is not learnt. Give noise that covers the data site"
+                )
+            out = outside(covered, x)
+            if bool(out.any()):
+                raise ValueError(_uncovered(out))
+        missed = ~torch.isfinite(self._noise_log_prob(x))
+        if bool(missed.any()):
+            raise ValueError(_uncovered(missed))
+
+    def _start(self, batch: tuple[Any, ...], kwargs: dict[str, Any], shape: handlers.Structure) -> None:
+        """Set log Z to its importance-sampling estimate: the classifier starts balanced, and the optimizer near."""
+        rows = len(batch[0])
+        count = START_DRAWS if shape.data_size == shape.rows else rows
+        y = self._draw(count, batch[0])
+        y, missed = self._inside(y, *batch, **kwargs)
+        log_w = self.log_density_rows(y, *batch[1:], **kwargs) - self._noise_log_prob(y)
+        log_z = log_mean_exp(log_w.masked_fill(missed, -math.inf))[0]
+        if bool(torch.isfinite(log_z)):
+            self.log_z.data.fill_(float(log_z))
+
+    def _draw(self, n: int, like: Tensor) -> Tensor:
+        """Draws of the noise: ``(n, *event_shape)``."""
+        noise: Any = self.noise
+        drawn: Tensor = noise.program.sample(n) if isinstance(noise, FrozenProgram) else noise().sample((n,))
+        return drawn.reshape(n, *like.shape[1:]).to(like)
+
+    def _noise_log_prob(self, x: Tensor) -> Tensor:
+        noise: Any = self.noise
+        if isinstance(noise, FrozenProgram):
+            result: Tensor = noise.program.log_prob(x)
+            return result
+        fn = noise()
+        # a base comes from a run on one row: its batch dimension of 1 broadcasts over rows
+        result = fn.log_prob(x.reshape(len(x), *fn.batch_shape[1:], *fn.event_shape))
+        return result.reshape(len(x), -1).sum(1)
+
+    def _inside(self, y: Tensor, x: Tensor, *rest: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Draws of the noise, and which of them lie where f is 0; those are moved onto data, where f can be asked."""
+        if self.row is None:
+            return y, torch.zeros(len(y), dtype=torch.bool, device=y.device)
+        missed = outside(support_of(distribution_of_row(self.model, self.row, *rest, **kwargs), y.dim() - 1), y)
+        stand_in = x.repeat(-(-len(y) // len(x)), *[1] * (x.dim() - 1))[: len(y)]
+        return torch.where(missed.reshape(-1, *[1] * (y.dim() - 1)), stand_in, y), missed
+
+    def _log_odds(self, *batch: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """G at the data, ``(rows,)``, and at as many draws of the noise for each, ``(ratio, rows)``."""
+        shape = self.structure or self.prepare(*batch, **kwargs)
+        x, rows, ratio = batch[0], len(batch[0]), self.objective.ratio
+        with torch.no_grad(), poutine.block():
+            y, missed = self._inside(self._draw(ratio * rows, x), *batch, **kwargs)
+            log_noise_x, log_noise_y = self._noise_log_prob(x), self._noise_log_prob(y)
+        log_f_x = self.log_density_rows(*batch, **kwargs)
+        with poutine.block():  # the scale of a row is that of its data; these are other rows
+            parts = [y] if shape.data_size == shape.rows else list(y.split(rows))  # a plate of fixed size takes as many
+            log_f_y = torch.cat([self.log_density_rows(part, *batch[1:], **kwargs) for part in parts])
+        offset = self.log_z + math.log(ratio)
+        # a datum that the noise never gives would cost nothing and say nothing of Z: no number, not a wrong one
+        odds_x = torch.where(log_noise_x == -math.inf, math.nan, log_f_x - log_noise_x - offset)
+        odds_y = (log_f_y - log_noise_y - offset).masked_fill(missed, -math.inf)
+        return odds_x, odds_y.reshape(ratio, rows)
+
+    def pointwise(self, *batch: Any, **kwargs: Any) -> Tensor:
+        """The loss of each datum and of the draws of noise that go with it: ``(rows,)``."""
+        odds_x, odds_y = self._log_odds(*batch, **kwargs)
+        return softplus(-odds_x) + softplus(odds_y).sum(0)
+
+    def log_normalizer(self, *batch: Any, **kwargs: Any) -> Evidence:
+        r"""log Z of the program as it now stands, by the parameter that was trained beside it: an estimate.
+
+        Args:
+            batch: the training data, for a standard error; without them there is none.
+
+        Returns:
+            Evidence: a scalar, of kind ``"estimate"``. The error is that of :math:`\hat c - \log Z(\hat\theta)` by the
+            delta method, from the sandwich covariance of all trained parameters at one draw of the noise. It supposes
+            a model that can fit the data and an optimizer that has arrived, and is None for more than 500 parameters
+            or a singular information (a network's): ``pg.log_normalizer`` then gives a value with its own error.
+        """
+        value = self.log_z.detach().double().cpu()
+        error = None
+        if batch:
+            error = self._standard_error(*batch, **kwargs)
+        return Evidence(value, "estimate", error, label="log Z")
+
+    def _standard_error(self, *batch: Any, **kwargs: Any) -> Tensor | None:
+        parameters = [p for p in self.trainable() if p is not self.log_z]
+        if sum(p.numel() for p in parameters) > MOST_PARAMETERS:
+            return None
+        with poutine.block(), scopes.evaluation_mode(self):
+            odds_x, odds_y = self._log_odds(*batch, **kwargs)
+            everything = torch.cat([odds_x, odds_y.flatten()])
+            rows, count = len(odds_x), len(everything)
+            found = []
+            for i in range(count):  # one backward a row: small models only
+                grads = torch.autograd.grad(everything[i], parameters, retain_graph=True, allow_unused=True)
+                flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+                found.append(torch.cat([*(g.flatten() for g in flat), odds_x.new_tensor([-1.0])]))
+        g = torch.stack(found).double()
+        h = torch.sigmoid(everything.detach().double())
+        information = (g * (h * (1 - h)).unsqueeze(1)).T @ g / rows
+        residual = torch.where(torch.arange(count, device=h.device) < rows, h - 1, h)
+        scores = (residual.unsqueeze(1) * g).reshape(-1, rows, g.shape[1]).sum(0)  # of each row's loss
+        if float(torch.linalg.cond(information)) > 1e10:
+            return None
+        bread = torch.linalg.inv(information)
+        covariance = bread @ torch.cov(scores.T, correction=0).reshape(g.shape[1], -1) @ bread / rows
+        contrast = -g[:rows].mean(0)  # of c − log Z(θ): ∇ log Z = E_p[∇ log f], and the last entry of g is −1
+        error: Tensor = (contrast @ covariance @ contrast).sqrt().cpu()
+        return error
+
+
+def _uncovered(rows: Tensor) -> str:
+    return (
+        f"noise has no mass at {int(rows.sum())} of {len(rows)} rows of x, first at row {int(rows.nonzero()[0])}: "
+        "there Z is not learnt. Give noise that covers the data"
+    )
+
+
+class NoiseContrastive(Objective[Unnormalized]):
+    r"""Noise-contrastive estimation: telling data from noise of known density; log Z is a parameter, ``module.log_z``.
+
+    Args:
+        noise: what the data are told from: ``"normal"``, with mean and covariance of the data (``"diagonal"`` without
+            correlations), fitted once, to the first batch unless ``module.initialise(x)`` had more; a distribution of
+            one datum with ``log_prob`` and ``sample``; a program of kind `Exact` such as a flow, of which a frozen copy
+            is taken; None for the distribution at the program's data site. Noise near the data tells most.
+        ratio: ν, draws of noise for each datum, new ones at each call. More of them lessen the variance, towards that
+            of maximum likelihood.
+
+    Raises:
+        ValueError: for ``ratio`` below 1; at the first call for noise of another shape, noise without mass where data
+            are, a program conditioned on a context (each has its own Z), a free latent site, no plate over rows.
+        TypeError: for noise whose density is not known.
+
+    References:
+        M. Gutmann, A. Hyvärinen, "Noise-contrastive estimation of unnormalized statistical models, with applications to
+        natural image statistics", JMLR 13, 2012, eqs. 3 to 8, theorem 3.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(x.new_zeros(1), 1.0).to_event(1).mask(False), obs=x)
+        ...         pyro.factor("energy", -x.square().sum(-1) / 2)
+        >>> loss = NoiseContrastive(dist.Normal(torch.zeros(1), 1.0).to_event(1))(model)
+        >>> _ = loss(torch.randn(10, 1))
+        >>> loss.log_normalizer()      # ½ log 2π: noise of the model's own shape tells it exactly
+        Evidence(≈ 0.9189)
+    """
+
+    needs = (Unnormalized,)
+    loss_is = "generalized"
+    module_class = NoiseContrastiveModule
+
+    def __init__(self, noise: Noise = "normal", ratio: int = 1) -> None:
+        super().__init__()
+        self.ratio = check_count(ratio, "ratio")
+        self.noise = _checked(noise)
+
+    def settings(self) -> dict[str, Any]:
+        named = self.noise if self.noise is None or isinstance(self.noise, str) else describe(self.noise)
+        return {"noise": named, "ratio": self.ratio}
+
+
+def _checked(noise: Any) -> Noise:
+    if noise is None or noise in ("normal", "diagonal"):
+        return noise  # type: ignore[no-any-return]
+    if isinstance(noise, Exact):
+        if noise.context_shape is not None:
+            raise ValueError("noise is a program with a context: give one without, the same noise for all rows")
+        if noise.stochastic:
+            raise TypeError(f"noise needs its density, and {describe(noise)} has a random estimate of it")
+        return noise
+    if isinstance(noise, Program):
+        raise TypeError(f"noise needs log_prob, so a program of kind Exact such as pg.Flow; {describe(noise)} has none")
+    if isinstance(noise, Distribution):
+        for method in ("log_prob", "sample"):
+            if getattr(type(noise), method) in (getattr(Distribution, method), getattr(dist.TorchDistribution, method)):
+                raise TypeError(f"noise needs log_prob and sample, and {type(noise).__name__} has no {method}")
+        return noise
+    raise TypeError(
+        "noise must be 'normal', 'diagonal', a distribution, a program of kind Exact, or None for the program's base; "
+        f"got {describe(noise)}"
+    )
