@@ -474,8 +474,14 @@ class ObjectiveModule(ELBOModule):
         self.structure = shape
         return shape
 
+    def check(self, *batch: Any) -> tuple[Any, ...]:
+        """Check data at the door, for ``fit``: as the program does, unless the loss itself adds to the batch."""
+        return batch if self.program is None else self.program.check(*batch)
+
     def initialise(self, x: Tensor, *rest: Any) -> None:
-        """Set what the loss itself takes from data (the noise of a classifier, say), once; ``fit`` calls it."""
+        """Set what program and loss take from data (a base, the noise of a classifier), once; ``fit`` calls it."""
+        if self.program is not None:
+            self.program.initialise(x, *rest)
 
     def check_structure(self, shape: Structure) -> None:
         """Refuse a pair that this objective cannot train; called by :meth:`prepare`."""

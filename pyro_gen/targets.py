@@ -185,7 +185,7 @@ class Unconstrained(Target):
 
     def _pulled(self, log_density: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
         x = self.transform(y)
-        jacobian = self.transform.log_abs_det_jacobian(y, x)
+        jacobian: Tensor = self.transform.log_abs_det_jacobian(y, x)
         return log_density(x) + jacobian.reshape(len(y), -1).sum(1)
 
 

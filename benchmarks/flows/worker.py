@@ -2,41 +2,24 @@
 
     <environment>/bin/python benchmarks/flows/worker.py zuko
 
-Commands are JSON objects, a line each, on standard input; each is answered by one line. What the library prints goes to
-standard error. Models are kept by name between commands.
+`serving.py` says how it is talked to.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # what the benchmarks share; this folder stays the first
 
-class Worker:
+from serving import Library, serve
+
+
+class Worker(Library):
     """The commands, one method each."""
-
-    def __init__(self, library: str) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        nothing = torch.zeros(1, requires_grad=True)
-        nothing.grad = torch.zeros(1)
-        torch.optim.Adam([nothing], fused=True).step()  # the first step in a process imports a second's worth of torch
-        self.library = library
-        self.models: dict[str, Any] = {}
-        self.tests: dict[tuple[str, str], Callable[[], object]] = {}
-
-    def versions(self) -> dict[str, Any]:
-        if self.library == "ours":  # it may be imported from the working tree
-            from pyro_gen import __version__ as of_library
-        else:
-            of_library = version(self.library)
-        return {"library": of_library, "torch": version("torch"), "numpy": version("numpy")}
 
     def build(self, name: str, seed: int = 0, **settings: Any) -> dict[str, Any]:
         from contract import Specification, build, count
@@ -54,18 +37,6 @@ class Worker:
         run()
         self.tests[name, test] = run
         return {"cpu": cpu() - start, "wall": time.perf_counter() - wall}
-
-    def time(self, name: str, test: str, repeats: int) -> dict[str, Any]:
-        """CPU and wall seconds of one repeat, the mean over `repeats` after one that is not timed."""
-        run = self.tests[name, test]
-        run()
-        start, wall = time.process_time(), time.perf_counter()
-        for _ in range(repeats):
-            run()
-        return {
-            "cpu": (time.process_time() - start) / repeats,
-            "wall": (time.perf_counter() - wall) / repeats,
-        }
 
     def size(self, parameters: int, **settings: Any) -> dict[str, Any]:
         """The hidden size whose number of parameters is nearest to the one wanted."""
@@ -112,13 +83,7 @@ class Worker:
 
 
 def main() -> None:
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    worker = Worker(sys.argv[1])
-    for line in sys.stdin:
-        command = json.loads(line)
-        do = command.pop("do")
-        replies.write(json.dumps(getattr(worker, do)(**command)) + "\n")
+    serve(Worker)
 
 
 if __name__ == "__main__":

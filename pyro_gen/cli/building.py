@@ -10,7 +10,7 @@ from pyro_gen.cli.families.family import number
 from pyro_gen.cli.sources import Data
 
 if TYPE_CHECKING:
-    from pyro_gen.base import EvidenceMethod, ObjectiveModule
+    from pyro_gen.base import EvidenceMethod, ObjectiveModule, Program
 
 __all__ = ["BATCH_SIZE", "build", "evidence_method", "fit_options"]
 
@@ -54,6 +54,6 @@ def fit_options(options: dict[str, Any], content: Data) -> dict[str, Any]:
     }
 
 
-def evidence_method(options: dict[str, Any]) -> EvidenceMethod | None:
+def evidence_method(options: dict[str, Any], program: Program | None = None) -> EvidenceMethod | None:
     """How the evidence of the test rows is had; None where the program says it exactly."""
-    return family_of(options).evidence(options["seed"])
+    return family_of(options).evidence(options["seed"], program)

@@ -13,9 +13,10 @@ BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
 
 # Arguments of the Python functions that the command line has as options, and two that it calls otherwise.
 SAME = (
-    "average base batch_size bins bound checkpoint_every clip_norm compile components delimiter device direction "
-    "epochs gradient guide header hidden latent_dim layers levels likelihood lr orders patience prior scale schedule "
-    "seed steps support transform validate_every validation"
+    "activation average base batch_size bins bound chains checkpoint_every clip_norm compile components delimiter "
+    "device direction energy epochs eps gradient guide header hidden latent_dim layers levels likelihood lr noise "
+    "orders patience prior projections ratio sampler scale schedule seed steps step_size support temperatures "
+    "transform validate_every validation warmup"
 )
 OPTIONS = {
     "num_particles": "particles",

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyro_gen.cli.building import evidence_method
+from pyro_gen.cli.chains import Walk, is_unnormalized
 from pyro_gen.cli.errors import BadInput, about
-from pyro_gen.cli.families import family_of
+from pyro_gen.cli.families import Family, family_of
 from pyro_gen.cli.runs import Run
 from pyro_gen.cli.sources import Data, is_dequantized, is_whole, read_data, read_file
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pyro_gen.fitting import FitResult
 
 __all__ = ["evaluate", "report"]
+
+SHOWN = 256  # draws of an energy in a figure, each the end of a chain
 
 
 def evaluate(
@@ -44,6 +47,20 @@ def evaluate(
             metavar="K", help="Draws of the guide for each row, where there is one.", show_default="as in the run"
         ),
     ] = None,
+    log_z: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|annealed|quadrature|enumeration",
+            help="How log Z of an energy-based model is had.",
+            show_default="as in the run",
+        ),
+    ] = None,
+    temperatures: Annotated[
+        int | None, typer.Option(metavar="K", help="Of annealing, for log Z.", show_default="as in the run")
+    ] = None,
+    chains: Annotated[
+        int | None, typer.Option(metavar="M", help="Of annealing, for log Z.", show_default="as in the run")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto takes CUDA where there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")] = False,
@@ -52,19 +69,15 @@ def evaluate(
 
     [bold]=[/bold] exact, [bold]≈[/bold] estimate, [bold]≥[/bold] lower bound: with a k̂ above 0.7 some row's weights
     have too heavy a tail for an estimate. The first error is that of the draws, the second that of having no more rows.
+    An energy-based model has log p(x) = log f(x) − log Z, with one log Z for all rows: the error of log Z is theirs.
     Whole numbers, dequantised ones too, have bits per dimension beside it, −log₂ p(x) / D. A run that was fitted with
     --dequantize adds that noise to whole numbers of other data as well.
     """
     run = Run(folder)
     run.read("RUN")
     family = family_of(run.options)
-    if importance_samples is not None:
-        if "importance_samples" not in run.options:
-            raise BadInput(
-                f"--importance-samples has no use here: log p(x) of {run.options['family']} is exact, with nothing to "
-                "draw: leave it out"
-            )
-        family = replace(family, importance_samples=importance_samples)  # type: ignore[call-arg]
+    asked = {"importance_samples": importance_samples, "log_z": log_z, "temperatures": temperatures, "chains": chains}
+    family = _with(family, {name: value for name, value in asked.items() if value is not None})
     result = run.result()
     if data is None:
         if header or delimiter is not None:
@@ -86,11 +99,30 @@ def evaluate(
     program = result.program.to(named_device(device))
     with about("--data" if data is not None else "RUN"):
         program.check(*(part.to(program.template().device) for part in batch))
-    measured = measure(program, batch, family.evidence(seed), dequantized=is_dequantized(run.options))
+    method = family.evidence(seed, program)
+    with about("RUN"):
+        measured = measure(
+            program, batch, method, dequantized=is_dequantized(run.options), contexts=getattr(family, "contexts", None)
+        )
     if as_json:
         typer.echo(json.dumps({"run": str(folder), "rows_of": named, **measured.facts()}, indent=2))
     else:
         typer.echo(measured.sentence(named))
+
+
+def _with(family: Family, asked: dict[str, Any]) -> Family:
+    """The family with other options of its evidence than the run's."""
+    for name in asked:
+        if not hasattr(family, name):
+            option = "--" + name.replace("_", "-")
+            why = "is exact, with nothing to draw"
+            if hasattr(family, "importance_samples"):
+                why = "is estimated by draws of the guide (--importance-samples)"
+            elif hasattr(family, "log_z"):
+                why = "needs log Z (--log-z, --temperatures, --chains), and there is no guide"
+            raise BadInput(f"{option} has no use here: log p(x) of {family.name} {why}: leave it out")
+    changed: Family = replace(family, **asked)
+    return changed
 
 
 def _digits_test(run: Run) -> tuple[Tensor, ...]:
@@ -104,7 +136,8 @@ class Measured:
     """An evidence, how it was had, and the seconds it took.
 
     ``dims`` is the number of values in a row where they are whole numbers, so that bits are their unit too; None where
-    x is real. ``dequantized`` says that uniform noise was added to them.
+    x is real. ``dequantized`` says that uniform noise was added to them. ``log_z`` is what all rows of an energy share;
+    ``left_out`` are rows of contexts that were given no log Z.
     """
 
     evidence: Evidence
@@ -112,6 +145,8 @@ class Measured:
     seconds: float
     dims: int | None = None
     dequantized: bool = False
+    log_z: Evidence | None = None
+    left_out: int = 0
 
     def tail(self) -> tuple[int, float, float] | None:
         """How many k̂ are above the limit; the median; the worst."""
@@ -129,24 +164,49 @@ class Measured:
         from pyro_gen.base import PARETO_K_LIMIT, SIGNS
 
         mean, rows = self.evidence.mean(), len(self.evidence)
-        kind = {"estimate": "an estimate", "lower bound": "a lower bound"}.get(mean.kind, mean.kind)
+        kind = {"estimate": "an estimate", "lower bound": "a lower bound", "upper bound": "an upper bound"}.get(
+            mean.kind, mean.kind
+        )
         bits = self.bits()
         nats = f"{mean} nats per datum"
         if bits is not None:
             nats += f", {SIGNS[bits.kind]} {float(bits.value):.3f} bits per dimension"
         noise = " + U[0, 1)" if self.dequantized else ""
-        how = "" if mean.kind == "exact" else f", by {self.method}"
-        first = f"log p(x) {nats}: {kind} for {rows} {rows_of}{noise}{how}"
+        how = "" if mean.kind == "exact" and self.log_z is None else f", by {self.method}"
+        some = f" ({self.left_out} of other contexts left out)" if self.left_out else ""
+        first = f"log p(x) {nats}: {kind} for {rows} {rows_of}{noise}{some}{how}"
+        if self.log_z is not None:
+            return f"{first}\n{self.shared()}"
         if (tail := self.tail()) is None:
             return first
         above, median, worst = tail
         return f"{first}\nk̂ above {PARETO_K_LIMIT} in {above} of {rows} rows (median {median:.2f}, worst {worst:.2f})"
 
+    def shared(self) -> str:
+        """log Z, whose error all rows share."""
+        assert self.log_z is not None
+        size, k = self.log_z.effective_sample_size, self.log_z.pareto_k
+        text = f"log Z {self.log_z}, with one error for all rows"
+        if size is not None:
+            text += f"; effective sample size {float(size):.0f}"
+        return text if k is None else f"{text}, k̂ {float(k):.2f}"
+
     def facts(self) -> dict[str, Any]:
         """What is measured, for JSON."""
         size, tail, bits = self.evidence.effective_sample_size, self.tail(), self.bits()
+        own = self.log_z
         return {
             "rows": len(self.evidence),
+            "rows_left_out": self.left_out,
+            "log_normalizer": None
+            if own is None
+            else {
+                "value": _finite(own.value),
+                "kind": own.kind,
+                "standard_error": _finite(own.standard_error),
+                "effective_sample_size": _finite(own.effective_sample_size),
+                "pareto_k": _finite(own.pareto_k),
+            },
             "dequantized": self.dequantized,
             "log_evidence": {**_facts_of(self.evidence.mean()), "unit": "nats per datum"},
             "bits_per_dimension": None if bits is None else {**_facts_of(bits), "dimensions": self.dims},
@@ -171,23 +231,55 @@ def _facts_of(mean: Evidence) -> dict[str, Any]:
 
 
 def measure(
-    program: Program, batch: tuple[Tensor, ...], method: EvidenceMethod | None, *, dequantized: bool
+    program: Program,
+    batch: tuple[Tensor, ...],
+    method: EvidenceMethod | None,
+    *,
+    dequantized: bool,
+    contexts: int | None = None,
 ) -> Measured:
-    """The evidence of each row of a batch, on the device of the program; ``method`` None where it is exact."""
-    from pyro_gen import log_evidence
+    """The evidence of each row of a batch, on the device of the program; ``method`` None where it is exact.
+
+    Args:
+        contexts: of an energy: rows of the first so many contexts are taken, each of which needs a log Z.
+    """
+    from pyro_gen import log_evidence, log_normalizer
     from pyro_gen.base import Exact
     from pyro_gen.evidence.methods import exact_evidence
+    from pyro_gen.evidence.normalizers import normalized
 
     begun = time.perf_counter()
-    device = program.template().device
+    device, given = program.template().device, len(batch[0])
     batch = tuple(part.to(device) for part in batch)
-    if method is not None:
+    log_z = None
+    if method is not None and is_unnormalized(program):
+        known: Any = program
+        asked: Any = method
+        said = repr(method)
+        if len(batch) > 1:
+            batch = _of_few_contexts(batch, contexts)
+            evidence = log_evidence(program, *batch, method=method)
+        else:
+            log_z = log_normalizer(known, method=asked)
+            evidence = normalized(known, batch[0], log_z)
+    elif method is not None:
         evidence, said = log_evidence(program, *batch, method=method), repr(method)
     else:
         assert isinstance(program, Exact)
         evidence, said = exact_evidence(program, *batch), "log_prob"
     dims = program.event_shape.numel() if dequantized or is_discrete(program, batch) else None
-    return Measured(evidence, said, time.perf_counter() - begun, dims, dequantized)
+    seconds = time.perf_counter() - begun
+    return Measured(evidence, said, seconds, dims, dequantized, log_z, given - len(batch[0]))
+
+
+def _of_few_contexts(batch: tuple[Tensor, ...], contexts: int | None) -> tuple[Tensor, ...]:
+    """The rows whose context is among the first so many that differ."""
+    import torch
+
+    _, index = torch.unique(batch[1].flatten(1), dim=0, return_inverse=True)
+    first = list(dict.fromkeys(index.tolist()))[:contexts]
+    kept = torch.isin(index, index.new_tensor(first))
+    return tuple(part[kept] for part in batch)
 
 
 def is_discrete(program: Program, batch: tuple[Tensor, ...]) -> bool:
@@ -218,9 +310,13 @@ def report(run: Run, result: FitResult, content: Data, begun: float) -> None:
     from pyro_gen.inference_data import to_inference_data
 
     options = run.options
-    measured = measure(result.program, content.test, evidence_method(options), dequantized=is_dequantized(options))
+    program = result.program
+    measured = measure(
+        program, content.test, evidence_method(options, program), dequantized=is_dequantized(options),
+        contexts=options.get("contexts"),
+    )  # fmt: skip
     run.file("evidence.json").write_text(json.dumps(measured.facts(), indent=2) + "\n", encoding="utf-8")
-    device = result.program.template().device
+    device = program.template().device
     test = tuple(part.to(device) for part in content.test)
     idata = to_inference_data(
         result, test if len(test) > 1 else test[0], seed=options["seed"], importance=_Known(measured.evidence)
@@ -242,8 +338,14 @@ def draw(run: Run, result: FitResult, test: tuple[Tensor, ...], evidence: Eviden
     from pyro_gen.base import Exact
 
     run.figures.mkdir(exist_ok=True)
-    program = result.program
-    figures = {"loss": plots.loss(result), "samples": plots.samples(program, *test, seed=run.options["seed"])}
+    program: Any = result.program
+    generated, rows = None, test
+    if is_unnormalized(program):
+        rows = tuple(part[:SHOWN] for part in test)
+        context = rows[1] if len(rows) > 1 else None
+        generated, _ = Walk(warmup=300, draws=1).rows(program, len(rows[0]), context, run.options["seed"])
+    drawn = plots.samples(program, *rows, n=None, seed=run.options["seed"], generated=generated)
+    figures = {"loss": plots.loss(result), "samples": drawn}
     if _has_latent_means(program, test):
         figures["latent"] = plots.latent(program, *test, labels=labels)
     if evidence.pareto_k is not None:

@@ -69,6 +69,12 @@ def fit(context: typer.Context, options: dict[str, Any]) -> None:
     if resume and content.facts["crc32"] != run.data.get("crc32"):
         raise BadInput(f"--data: {content.facts['source']} has changed since the run began: start a new one")
     module, arguments = build(run.options, content), fit_options(run.options, content)
+    judged = module.objective.loss_is not in ("gradient only", "game")  # else a least loss is no best one
+    if not judged and run.options["patience"] is not None:
+        raise BadInput(
+            "--patience waits for a better loss, and the value of this objective means nothing: leave it out"
+        )
+    arguments["validation"] = content.validation if judged else None
     evidence_method(run.options)  # a wrong one is found before the training
     run.data = content.facts
     if not resume:
@@ -84,7 +90,7 @@ def _train(run: Run, module: ObjectiveModule, content: Data, arguments: dict[str
 
     begun = time.perf_counter()
     try:
-        result = pg.fit(module, content.train, validation=content.validation, **arguments)
+        result = pg.fit(module, content.train, **arguments)
         keep(run, result)
         report(run, result, content, begun)
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ never touched.
 from pyro_gen.datasets.densities import Estimate, GaussianMixture, Toy
 from pyro_gen.datasets.files import load
 from pyro_gen.datasets.images import Split, dequantize, digits
+from pyro_gen.datasets.patterns import BarsAndStripes, bars_and_stripes
 from pyro_gen.datasets.toys import (
     checkerboard,
     eight_gaussians,
@@ -26,10 +27,12 @@ from pyro_gen.datasets.toys import (
 )
 
 __all__ = [
+    "BarsAndStripes",
     "Estimate",
     "GaussianMixture",
     "Split",
     "Toy",
+    "bars_and_stripes",
     "checkerboard",
     "dequantize",
     "digits",

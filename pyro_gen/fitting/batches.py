@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,13 @@ from pyro_gen.checks import check_count, check_rows
 __all__ = ["Batches", "as_batch", "split"]
 
 
-def as_batch(data: Any, program: Program | None = None, name: str = "data") -> tuple[Tensor, ...]:
-    """Data in memory as a tuple of tensors with equal numbers of rows, ``x`` first.
+def as_batch(
+    data: Any,
+    program: Program | None = None,
+    name: str = "data",
+    check: Callable[..., tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, ...]:
+    """Data in memory as a tuple of tensors with equal numbers of rows, ``x`` first; ``check`` instead of the program's.
 
     Arrays are taken over with the dtype of the program; tensors are taken as they are.
 
@@ -45,7 +50,7 @@ def as_batch(data: Any, program: Program | None = None, name: str = "data") -> t
     like = program.template() if program is not None else torch.empty(0)
     batch = tuple(_tensor(part, label, like) for part, label in zip(parts, labels, strict=False))
     if program is not None:
-        batch = program.check(*batch)
+        batch = (check or program.check)(*batch)
     else:
         for part, label in zip(batch, labels, strict=True):
             if part.dim() == 0:

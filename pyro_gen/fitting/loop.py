@@ -117,7 +117,7 @@ def fit(
         if isinstance(validation, float):
             raise ValueError("validation as a fraction needs data in memory: give validation rows beside a DataLoader")
     else:
-        source = tuple(part.to(where) for part in as_batch(moved(data, where), program))
+        source = tuple(part.to(where) for part in as_batch(moved(data, where), program, check=module.check))
         if isinstance(validation, (int, float)):
             source, held, kept = split(source, validation, seed)
         if program is not None:
@@ -128,7 +128,7 @@ def fit(
             program.check_training(source[0])
     if validation is not None and held is None:
         try:
-            held = tuple(p.to(where) for p in as_batch(moved(validation, where), program, "validation"))
+            held = tuple(p.to(where) for p in as_batch(moved(validation, where), program, "validation", module.check))
         except (TypeError, ValueError) as error:
             where_from = "" if str(error).startswith("validation") else "in validation=: "
             raise type(error)(f"{where_from}{error}") from error
@@ -147,7 +147,7 @@ def fit(
     module.train()
     try:
         with forked_generators(seed), Progress(steps, progress, run.sign) as bar:
-            run.start(optimizer, lr, schedule, average, program)
+            run.start(optimizer, lr, schedule, average)
             saved = None if checkpoint is None else Checkpoint(checkpoint, run.fingerprint())
             try:
                 run.go(bar, callback, validate_every or max(1, steps // 40), patience, saved, checkpoint_every)

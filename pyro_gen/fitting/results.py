@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from pyro_gen import objectives, programs
 from pyro_gen.base import SIGNS, Objective, ObjectiveModule, Program
 from pyro_gen.checks import describe
+from pyro_gen.fitting.sandwich import StandardErrors, sandwich
 
 __all__ = ["FitResult", "History", "load"]
 
@@ -86,6 +88,23 @@ class FitResult:
     def validation(self) -> list[tuple[int, float]]:
         """Pairs (steps done, validation loss per datum)."""
         return self.history.validation
+
+    def standard_errors(
+        self, data: Any, *, parameters: Sequence[str] | None = None, seed: int | None = 0
+    ) -> StandardErrors:
+        """Standard errors of the fitted weights from the spread of the rows' gradients: see :func:`sandwich`.
+
+        The weights have to be at the minimum for ``data``: fit to the end, on all of it (``validation=None``).
+
+        Args:
+            data: the rows of the fit: x, or a tuple ``(x, context)``.
+            parameters: names of the parameters to take, the others held fixed; None for all that are trainable.
+            seed: of the draws of a loss that has any.
+
+        Raises:
+            TypeError, ValueError: as :func:`sandwich`.
+        """
+        return sandwich(self.module, data, parameters=parameters, seed=seed)
 
     def __repr__(self) -> str:
         module = self.module
@@ -168,7 +187,8 @@ def load(folder: str | Path, into: Program | ObjectiveModule | None = None) -> F
 
     Args:
         folder: what `FitResult.save` wrote.
-        into: the program (or, for a bare pair, the objective module) to fill, for programs given modules of your own.
+        into: the program to fill, for programs given modules of your own; or the objective module, for a bare pair or
+            an objective given modules or distributions.
 
     Raises:
         FileNotFoundError: if the folder or a file of it is missing.
@@ -178,12 +198,17 @@ def load(folder: str | Path, into: Program | ObjectiveModule | None = None) -> F
     described = _read_json(path / "program.json")
     if described.get("format") != FORMAT or "objective" not in described:
         raise ValueError(f"{path / 'program.json'} has format {described.get('format')!r}; this version reads {FORMAT}")
-    try:
-        objective = OBJECTIVES[described["objective"]](**described["objective_settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path / 'program.json'} names an objective unknown here: {error}") from error
     if not (into is None or isinstance(into, (Program, ObjectiveModule))):
         raise TypeError(f"into must be a program, or the objective module of a pair, got {describe(into)}")
+    objective: Any = None
+    if not isinstance(into, ObjectiveModule):  # which brings its own, with modules that no settings describe
+        try:
+            objective = OBJECTIVES[described["objective"]](**described["objective_settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path / 'program.json'} names an objective unknown here ({error}): make the same one "
+                "and call pg.load(folder, into=objective(program))"
+            ) from error
     if isinstance(into, ObjectiveModule):
         module = into
     elif into is not None:

@@ -17,7 +17,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_gen.base import SIGNS, Divergence, ObjectiveModule, Program
+from pyro_gen.base import SIGNS, Divergence, ObjectiveModule
 from pyro_gen.compiled import CannotCompile, CompiledStep, eager_step, why_not
 from pyro_gen.fitting.arguments import make_optimizer, make_scheduler
 from pyro_gen.fitting.averaging import Average
@@ -83,7 +83,7 @@ class Run:
             "pyro": pyro.__version__,
         }
 
-    def start(self, optimizer: Any, lr: float, schedule: Any, average: Any, program: Program | None) -> None:
+    def start(self, optimizer: Any, lr: float, schedule: Any, average: Any) -> None:
         """The first look: run the program once, validation on, then build optimizers over what there is to train."""
         module = self.module
         self.stream = iter(self.batches)
@@ -95,9 +95,7 @@ class Run:
         else:
             self.stream = _chain(self.first, self.stream)
         begin = self.first if self.batches.loader is not None else self.batches.data
-        if program is not None:
-            program.check(*self.first)
-            program.initialise(*begin)
+        module.check(*self.first)
         module.initialise(*begin)
         try:
             with pyro.validation_enabled(True):

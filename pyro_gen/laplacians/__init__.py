@@ -5,7 +5,15 @@ by `vmap` of forward over reverse; `choose` decides between them once. `kinks` n
 that make such derivatives meaningless for score matching. `lift` is the tensor that carries them through torch code.
 """
 
-from pyro_gen.laplacians import constants, elementwise, normalise, products, views  # noqa: F401  they enter their rules
+from pyro_gen.laplacians import (  # noqa: F401  they enter their rules
+    casts,
+    constants,
+    einsums,
+    elementwise,
+    normalise,
+    products,
+    views,
+)
 from pyro_gen.laplacians.kinks import kinks
 from pyro_gen.laplacians.lifted import Lifted, lift
 from pyro_gen.laplacians.methods import Derivatives, Method, choose, derivatives

@@ -22,7 +22,7 @@ ATTRIBUTES = (
 )
 METHODS = (
     *("dim", "size", "numel", "nelement", "ndimension", "is_floating_point", "is_complex", "is_signed", "element_size"),
-    *("is_contiguous", "get_device", "stride", "type", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
+    *("is_contiguous", "get_device", "stride", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
     *("__len__", "__bool__", "detach", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "has_names"),
 )
 BOTH = (

@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_gen.laplacians.rules import NoRule, look_up, name_of, refuse
 
-__all__ = ["Basis", "Lifted", "lift"]
+__all__ = ["Basis", "Conversions", "Lifted", "lift"]
 
 FACTOR = 1.5  # a change of basis pays where d is that much larger than h: its sums over k cost h more
 
@@ -113,7 +114,7 @@ class Lifted(Tensor):
     """A tensor with its Jacobian and Laplacian with respect to x, to be passed through unmodified torch code.
 
     A subclass of ``Tensor`` over ``__torch_function__``, above autograd: ``isinstance(x, Tensor)`` holds, so Pyro takes
-    it for data and ``torch.as_tensor`` passes it through, while its parts are ordinary tensors with an ordinary graph.
+    it for data, while its parts are ordinary tensors with an ordinary graph.
     The subclass itself has no storage: code that gets at it by another road ends in :class:`NoRule`, never in numbers.
 
     Attributes:
@@ -234,6 +235,25 @@ class Lifted(Tensor):
         x = self.densely().in_root()
         assert x.J is not None
         return x.J.expand(x.J.shape[0], *self.v.shape).t()
+
+
+class Conversions(TorchFunctionMode):
+    """Lets lifted tensors through ``torch.as_tensor`` while a program runs.
+
+    That function asks no argument for an override, but modes. By itself it returns a lifted tensor as it is in plain
+    code only: under ``torch.func`` it wraps it into a tensor of another type, and Pyro's factors call it.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in CONVERSIONS and isinstance(args[0] if args else kwargs.get("data", kwargs.get("obj")), Lifted):
+            return Lifted.__torch_function__(func, types, args, kwargs)
+        return func(*args, **kwargs)
+
+
+CONVERSIONS = (torch.as_tensor, torch.asarray, torch.tensor)  # the last has no rule, and is refused by name
 
 
 def contract(a: Lifted, b: Lifted) -> Tensor:

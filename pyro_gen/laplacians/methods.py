@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pyro_gen.checks import describe
-from pyro_gen.laplacians.lifted import Lifted, lift
+from pyro_gen.laplacians.lifted import Conversions, Lifted, lift
 from pyro_gen.laplacians.rules import NoRule
 
 __all__ = ["MEMORY", "Derivatives", "Method", "choose", "derivatives"]
@@ -186,7 +186,7 @@ def _part(f: Rows, x: Tensor, start: int, size: int) -> tuple[Tensor, Tensor, Te
 
 def _lifted(f: Rows, x: Tensor, y: Lifted) -> Tensor:
     try:
-        with torch.enable_grad():  # what f disables is then seen; rules record as the caller does
+        with torch.enable_grad(), Conversions():  # what f disables is then seen; rules record as the caller does
             return _checked(f(y), x)
     except RuntimeError as error:  # of compiled code
         if y.basis.refusal is not None and not isinstance(error, NoRule):

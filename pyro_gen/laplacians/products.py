@@ -183,6 +183,13 @@ def logaddexp(a: Any, b: Any) -> Any:
     return a + F.softplus(b - a)
 
 
+@rule(F.mse_loss, lifted=2)
+def mse_loss(input: Any, target: Any, reduction: str = "mean") -> Any:
+    if reduction != "none":
+        refuse("that adds rows")
+    return torch.square(input - target)
+
+
 @rule(F.binary_cross_entropy_with_logits, lifted=2)
 def binary_cross_entropy_with_logits(input: Any, target: Any, reduction: str = "mean") -> Any:
     if reduction != "none":
@@ -292,57 +299,6 @@ def product(a: Lifted, b: Lifted) -> Lifted:
 @rule(torch.addmm, torch.baddbmm, torch.addmv, Tensor.addmm, Tensor.baddbmm, Tensor.addmv, lifted=3)
 def addmm(start: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     return beta * start + alpha * (a @ b)
-
-
-@rule(F.bilinear, lifted=2)
-def bilinear(a: Any, b: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
-    y = torch.einsum("...i,oij,...j->...o", a, weight, b) if a.dim() != 2 else einsum("ni,oij,nj->no", a, weight, b)
-    return y if bias is None else y + bias
-
-
-@rule(torch.linalg.vecdot, lifted=2)
-def vecdot(a: Any, b: Any, *, dim: int = -1) -> Any:
-    return (a * b).sum(dim)
-
-
-@rule(torch.einsum, lifted=None)
-def einsum(equation: Any, *operands: Any) -> Lifted:
-    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
-        operands = tuple(operands[0])
-    if not isinstance(equation, str) or "..." in equation or "->" not in equation:
-        refuse("without an equation of letters and ->")
-    inputs, output = equation.replace(" ", "").split("->")
-    letters = inputs.split(",")
-    places = [i for i, x in enumerate(operands) if isinstance(x, Lifted)]
-    row = {letters[i][operands[i].row] for i in places}
-    if len(row) > 1 or output.count(next(iter(row))) != 1:
-        refuse("that mixes rows")
-    (r,) = row
-    if any(letters[i].count(r) > 1 for i in places):
-        refuse("that mixes rows")
-    free = next(c for c in "zyxwvutsrqponmlkjihgfedcbaZYXWVUTSRQPONMLKJIHGFEDCBA" if c not in equation)
-    lifted = dict(zip(places, (x.densely() for x in common(*(operands[i] for i in places))), strict=True))
-    values = [lifted[i].v if i in lifted else x for i, x in enumerate(operands)]
-
-    def put(new: dict[int, Tensor], out: str, mark: bool) -> Tensor:
-        sides = [free + s if mark and i in new else s for i, s in enumerate(letters)]
-        return torch.einsum(f"{','.join(sides)}->{out}", *(new.get(i, x) for i, x in enumerate(values)))
-
-    v = put({}, output, False)
-    J: Tensor | None = None
-    L: Tensor | None = None
-    for n, i in enumerate(places):
-        x = lifted[i]
-        assert x.J is not None
-        J = plus(J, put({i: x.J}, free + output, True))
-        L = L if x.L is None else plus(L, put({i: x.L}, output, False))
-        for j in places[:n]:
-            other = lifted[j].J
-            assert other is not None
-            L = plus(L, 2 * put({i: x.basis.metric(x.J), j: other}, output, True))
-    L = None if L is None else L.expand(v.shape)
-    first = lifted[places[0]]
-    return Lifted(v, first.basis, output.index(r) - len(output), J=J, L=L)
 
 
 def by_image(x: Lifted, function: Callable[[Tensor, Tensor | None], Tensor], bias: Tensor | None, dims: int) -> Lifted:

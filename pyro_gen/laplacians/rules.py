@@ -64,6 +64,7 @@ class Rule:
 
 
 TABLE: dict[Any, Rule] = {}
+AS_NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch takes both names
 
 
 def register(function: Callable[..., Any], functions: Iterable[Any], lifted: int | None = 1) -> None:
@@ -116,6 +117,8 @@ def look_up(function: Any, kind: type, args: tuple[Any, ...], kwargs: dict[str, 
             args = (kwargs.pop("input"), *args)
         if kwargs.pop("inplace", False):
             raise NoRule(name_of(function), "with inplace=True")
+        if known.names is not None:
+            kwargs = {AS_NUMPY.get(k, k) if k not in known.names else k: v for k, v in kwargs.items()}
         unknown = kwargs.keys() - known.names if known.names is not None else set()
         kwargs = {k: v for k, v in kwargs.items() if k not in unknown or v is not None}  # None: not given
         if unknown := unknown & kwargs.keys():

@@ -7,7 +7,9 @@ the rows go: no function here may sum over rows, reorder them or merge them with
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +68,15 @@ def mean(x: Lifted, dim: Any = None, keepdim: bool = False, dtype: Any = None) -
         refuse("with another dtype")
     dims = negative(x, dim)
     return sum_(x, dims, keepdim) / math.prod(x.v.shape[d] for d in dims)
+
+
+@rule(torch.prod, Tensor.prod)
+def prod(x: Lifted, dim: Any = None, keepdim: bool = False) -> Any:
+    (d,) = negative(x, dim)
+    if not x.v.shape[d]:
+        refuse("of no factors")
+    y = functools.reduce(operator.mul, unbind(x, d))
+    return y.unsqueeze(d) if keepdim else y
 
 
 @rule(torch.cumsum, Tensor.cumsum)
@@ -379,43 +390,3 @@ def same(x: Lifted, *, memory_format: Any = None) -> Lifted:
 @rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout)
 def dropout(x: Lifted, p: float = 0.5, training: bool = True) -> Lifted:
     return refuse("in training mode, where it is random") if training and p else x
-
-
-@rule(Tensor.to)
-def to(x: Lifted, *args: Any, dtype: Any = None, device: Any = None, copy: bool = False) -> Lifted:
-    options = {k: v for k, v in (("dtype", dtype), ("device", device)) if v is not None}
-    args = tuple(a.v if isinstance(a, Lifted) else a for a in args)
-    y = x.v.to(*args, **options)
-    return x if y is x.v else cast_to(x, y)
-
-
-def cast_to(x: Lifted, y: Tensor) -> Lifted:
-    if not y.dtype.is_floating_point:
-        refuse("to a dtype without derivatives")
-
-    def move(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part.to(dtype=y.dtype, device=y.device)
-
-    x = x.densely()
-    basis = x.in_root()
-    return Lifted(y, basis.basis, x.row, J=move(basis.J), L=move(x.L))
-
-
-@rule(Tensor.float)
-def float_(x: Lifted) -> Lifted:
-    return to(x, torch.float32)
-
-
-@rule(Tensor.double)
-def double(x: Lifted) -> Lifted:
-    return to(x, torch.float64)
-
-
-@rule(Tensor.type_as, lifted=2)
-def type_as(x: Any, other: Tensor) -> Any:
-    return to(x, other.dtype) if isinstance(x, Lifted) else x.to(other.dtype)
-
-
-@rule(torch.as_tensor)
-def as_tensor(x: Lifted, dtype: Any = None, device: Any = None) -> Lifted:
-    return to(x, dtype=dtype, device=device)

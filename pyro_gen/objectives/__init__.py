@@ -7,7 +7,8 @@ from pyro_gen.objectives.importance_weighted import IWAE
 from pyro_gen.objectives.likelihood import MaximumLikelihood
 from pyro_gen.objectives.noise_contrastive import NoiseContrastive
 from pyro_gen.objectives.pseudo_likelihood import PseudoLikelihood
-from pyro_gen.objectives.score_matching import FiniteDifferenceScoreMatching, ScoreMatching, SlicedScoreMatching
+from pyro_gen.objectives.score_matching import ScoreMatching
+from pyro_gen.objectives.sliced_score_matching import FiniteDifferenceScoreMatching, SlicedScoreMatching
 
 __all__ = [
     "ELBO",

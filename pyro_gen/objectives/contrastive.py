@@ -48,7 +48,7 @@ from pyro_gen.targets import Target
 
 __all__ = ["ContrastiveDivergence"]
 
-NUDGE = 0.05  # of log ε for each unit of acceptance, at each call
+NUDGE = 0.3  # of log ε for each unit of acceptance, at each call: chains must keep pace with an optimizer
 
 
 class Kept:

@@ -56,11 +56,27 @@ class DenoisingScoreMatchingModule(ObjectiveModule):
         self.register_buffer("spread", torch.ones(()))
         self.register_buffer("measured", torch.tensor(False))
 
-    def initialise(self, x: Tensor, *rest: Any) -> None:
-        """Take the unit of a relative σ, the standard deviation of each feature, from these rows: once.
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if (saved := state_dict.get(f"{prefix}spread")) is not None:  # one number until measured, then one a feature
+            self.spread = torch.empty_like(saved, device=self.spread.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
-        The first call of the loss does it by its batch; call this before with all of the data.
-        """
+    def check(self, *batch: Any) -> tuple[Any, ...]:
+        """As the program does, with the level that this loss adds: it is not asked for."""
+        x, *given = batch
+        if self.program is None or not x.dim() or any(part.dim() != 2 or len(part) != len(x) for part in given):
+            return super().check(*batch)
+        index = torch.zeros(len(x), dtype=torch.long, device=self.levels.device)
+        return (super().check(*self._with_level(batch, index))[0], *given)
+
+    def initialise(self, x: Tensor, *rest: Any) -> None:
+        """Start the program, at all levels alike where it takes them, and measure the unit of a relative σ: once."""
+        index = torch.arange(len(x), device=self.levels.device) % len(self.levels)
+        super().initialise(*self._with_level((x, *rest), index))
+        self._measure(x)
+
+    def _measure(self, x: Tensor) -> None:
+        """Take the standard deviation of each feature for the unit of a relative σ, once."""
         if not self.objective.relative or bool(self.measured):
             return
         if len(x) < 2:
@@ -91,7 +107,7 @@ class DenoisingScoreMatchingModule(ObjectiveModule):
             self.levels = torch.tensor(self.objective.levels, dtype=x.dtype, device=x.device)
             self.shares = torch.tensor(self.objective.shares, dtype=x.dtype, device=x.device)
             self.spread = self.spread.to(self.levels)
-        self.initialise(*batch)
+        self._measure(x)
         return shape
 
     def check_structure(self, shape: handlers.Structure) -> None:
@@ -156,7 +172,8 @@ class DenoisingScoreMatching(Objective[Unnormalized]):
         sigma: standard deviation of the noise, in the units of x.
         sigmas: instead of ``sigma``, several levels; or two ends of a ladder of ``levels`` steps.
         levels: number of levels, geometric between the two numbers of ``sigmas``.
-        relative: σ counts standard deviations of each feature instead, measured on the first batch.
+        relative: σ counts standard deviations of each feature instead, measured once: by ``fit`` on all training rows,
+            else on the first batch.
         condition: the program takes the level: log σ is passed as the last entry of its context (``context_shape=1``
             where there is no other). None finds out: a program with ``context_shape=1`` under several levels. Data are
             ``x``, or ``(x, context)`` where the context may have a column for the level, whose values are not used.

@@ -16,16 +16,23 @@ In likelihood c could not be free: log f − c would rise without end. Here nois
 *Errors.* With :math:`g = \nabla_{(\theta, c)}\, (\log f - c)`, :math:`P = \nu p_n / (p_{data} + \nu p_n)`,
 :math:`I = \int g g^\top P\, p_{data}` and :math:`m = \int g P\, p_{data}`, N times the covariance of the estimate tends
 to :math:`I^{-1} - (1 + 1/\nu)\, I^{-1} m m^\top I^{-1}`, and that of θ to the inverse Fisher information as ν grows.
-Noise near the data is best; noise without mass where data lie tells nothing of Z there, and is refused.
+Noise near the data is best; noise without mass where data lie tells nothing of Z there, and is refused. Noise that is
+fitted to the same data changes none of this: the gradient has mean 0 at the truth whatever the noise, so its mean does
+not move with the fit of the noise, and the first order is that of the noise it tends to.
+
+*Second order.* Where the noise is the model itself, h = σ(G) is one constant and c − log Z(θ) has no error of order
+:math:`N^{-1/2}`. With a and b the mean scores of data and of noise, in units of the Fisher information, the expansion
+of both equations gives :math:`\hat\theta - \theta = a - b` and :math:`\hat c - \log Z(\hat\theta) = b \cdot (a - b)`,
+where νN |b|² is χ² of p, the number of parameters. Fitted noise has a = 0: the error is −χ²/(νN), never positive, of
+mean square p(p + 2)/(νN)². Independent noise has p/(νN²) beside it. What `log_normalizer` states adds these: they count
+near that case, and elsewhere while p² is no longer small beside N.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import Any, Literal
+from typing import Any
 
-import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from torch import Tensor, nn
@@ -33,89 +40,27 @@ from torch.distributions import Distribution
 from torch.nn.functional import softplus
 
 from pyro_gen import handlers, scopes
-from pyro_gen.base import Evidence, Exact, Objective, ObjectiveModule, Program, Unnormalized
+from pyro_gen.base import Evidence, Exact, Objective, ObjectiveModule, Unnormalized
 from pyro_gen.checks import check_count, describe
-from pyro_gen.distributions.held import Held
-from pyro_gen.objectives.observed_supports import observed_among, observing_site, outside, support_of, within
+from pyro_gen.objectives.noises import (
+    FittedNormal,
+    FrozenBase,
+    FrozenProgram,
+    GivenNoise,
+    Noise,
+    NoiseModule,
+    checked,
+    distribution_of_row,
+)
+from pyro_gen.objectives.observed_supports import observing_site, outside, support_of
 from pyro_gen.statistics import log_mean_exp
 from pyro_gen.targets import is_real
 
 __all__ = ["NoiseContrastive"]
 
-Noise = Literal["normal", "diagonal"] | Distribution | Exact | None
-
 START_DRAWS = 1000  # of the noise, for a first log Z
 MOST_PARAMETERS = 500  # of a sandwich, whose matrices have so many rows
-
-
-class FittedNormal(nn.Module):
-    """A normal distribution with mean and covariance of data, over flat rows."""
-
-    loc: Tensor
-    factor: Tensor
-
-    def __init__(self, features: int, diagonal: bool) -> None:
-        super().__init__()
-        self.diagonal = diagonal
-        self.register_buffer("loc", torch.zeros(features))
-        self.register_buffer("factor", torch.ones(features) if diagonal else torch.eye(features))
-
-    @torch.no_grad()
-    def fit(self, x: Tensor) -> None:
-        """Take mean and covariance of rows, ``(rows, features)``."""
-        loc, double = x.mean(0), x.double()
-        if self.diagonal:
-            factor = double.std(0, unbiased=False)
-            bad = not bool((factor > 0).all())
-        else:
-            centred = double - double.mean(0)
-            factor, info = torch.linalg.cholesky_ex(centred.T @ centred / len(x))
-            # below rounding of the data's own dtype a direction has no spread
-            least = torch.finfo(x.dtype).eps * double.std(0, unbiased=False)
-            bad = bool(info) or not bool((factor.diagonal() > least).all())
-        if bad:
-            advice = "drop constant features, or give a distribution"
-            raise ValueError(
-                f"noise={'diagonal' if self.diagonal else 'normal'!r} is fitted to {len(x)} rows of {x.shape[1]} "
-                "features, which have no spread in some direction: "
-                + (advice if self.diagonal else f"noise='diagonal' leaves out correlations; or {advice}, or more rows")
-            )
-        self.loc, self.factor = loc, factor.to(x)
-
-    def forward(self) -> Any:
-        if self.diagonal:
-            return dist.Normal(self.loc, self.factor).to_event(1)
-        return dist.MultivariateNormal(self.loc, scale_tril=self.factor)
-
-
-class FrozenProgram(nn.Module):
-    """A copy of a program of kind `Exact`, so that what trains the program elsewhere leaves the noise as it is."""
-
-    def __init__(self, program: Exact) -> None:
-        super().__init__()
-        self.program = copy.deepcopy(program).requires_grad_(False).eval()
-
-
-class FrozenBase(nn.Module):
-    """The distribution at the data site of a frozen copy of a model; ``forward()`` has a batch dimension of 1."""
-
-    row: Tensor
-
-    def __init__(self, model: nn.Module, row: Tensor) -> None:
-        super().__init__()
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self.register_buffer("row", row.detach().clone())
-
-    def forward(self) -> Any:
-        return distribution_of_row(self.model, self.row)
-
-
-def distribution_of_row(model: Any, row: Tensor, *rest: Any, **kwargs: Any) -> Any:
-    """What stands at the data site of a model now, in a run on one row that can be traced."""
-    with torch.no_grad(), poutine.block(), scopes.hide_bare_parameters():
-        sites = handlers.sample_sites(poutine.trace(model).get_trace(row, *rest, **kwargs))
-    site: Any = observed_among(sites, row)
-    return handlers.unmasked(site["fn"])
+MOST_CONDITION = 1e10
 
 
 class NoiseContrastiveModule(ObjectiveModule):
@@ -134,23 +79,23 @@ class NoiseContrastiveModule(ObjectiveModule):
         self.log_z = nn.Parameter(own.new_zeros(()))
         self.register_buffer("started", torch.tensor(False))
         noise = objective.noise
-        self.noise: nn.Module | None = None
-        self.row: Tensor | None
-        self.register_buffer(
-            "row", None, persistent=False
-        )  # of data whose support is not the real space: noise may miss it
-        if isinstance(noise, Exact):
+        self.noise: NoiseModule | None = None  # None until the program's base is looked at
+        self.row: Tensor | None  # of data whose support is not the real space: noise may miss it
+        self.register_buffer("row", None, persistent=False)
+        if isinstance(noise, str):
+            self.noise = FittedNormal(noise == "diagonal").to(own)
+        elif isinstance(noise, Exact):
             self.noise = FrozenProgram(noise)
         elif isinstance(noise, Distribution):
-            self.noise = Held(noise)
+            self.noise = GivenNoise(noise)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        if self.noise is None:  # made at the first call, which may not have been yet; what follows fills it
-            if f"{prefix}noise.factor" in state_dict:
-                features = len(state_dict[f"{prefix}noise.loc"])
-                self.noise = FittedNormal(features, self.objective.noise == "diagonal").to(self.log_z)
-            elif f"{prefix}noise.row" in state_dict:
-                self.noise = FrozenBase(self.model, state_dict[f"{prefix}noise.row"].to(self.log_z))
+        if self.noise is None and isinstance(self.model, nn.Module):  # made at the first call; what follows fills it
+            if (row := state_dict.get(f"{prefix}noise.row")) is not None:
+                self.noise = FrozenBase(self.model, row.to(self.log_z.device))
+        elif self.noise is None:  # the base of a function is found anew, from the parameters that it then finds
+            for name in [name for name in state_dict if name.startswith(f"{prefix}noise.")]:
+                del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def check_structure(self, shape: handlers.Structure) -> None:
@@ -170,32 +115,36 @@ class NoiseContrastiveModule(ObjectiveModule):
         shape = super().prepare(*batch, **kwargs)
         if (self.log_z.dtype != x.dtype and x.dtype.is_floating_point) or self.log_z.device != x.device:
             self.log_z.data = self.log_z.data.to(x if x.dtype.is_floating_point else x.device)
-        self.initialise(x)
+        if isinstance(self.noise, FittedNormal):
+            self.noise.fit(x)
         site = observing_site(self.model, x[:1], *batch[1:], **kwargs)
         support = support_of(site and site["fn"], x.dim() - 1)
         if site is not None and not is_real(support) and self.row is None:
             self.register_buffer("row", x[:1].detach().clone(), persistent=False)
-        if self.objective.noise is None and self.noise is None:
+        if self.noise is None:
             self.noise = self._base(site, x[:1])
+        if isinstance(self.noise, GivenNoise) and self.objective.noise is not None:
+            self.noise.check_shape(tuple(x.shape[1:]))
+        if isinstance(self.objective.noise, str) and support.is_discrete:
+            raise ValueError(
+                f"noise={self.objective.noise!r} is continuous and the data site is discrete ({support}): give a "
+                "discrete distribution, or noise=None for the program's base"
+            )
         with torch.no_grad(), scopes.forked_generators(0), poutine.block():
             if not x.is_meta:
-                self._check_noise(x, support)
+                self.noise.check_covers(x, support)
             if not bool(self.started):
                 self.started.fill_(True)
                 self._start(batch, kwargs, shape)
         return shape
 
     def initialise(self, x: Tensor, *rest: Any) -> None:
-        """Fit the noise to these rows, where it is one that is fitted: once.
+        """Start the program, and fit the noise to these rows, where it is one that is fitted: once."""
+        super().initialise(x, *rest)
+        if isinstance(self.noise, FittedNormal):
+            self.noise.fit(x)
 
-        The first call of the loss does it by its batch; call this before with all of the data.
-        """
-        if self.noise is None and isinstance(self.objective.noise, str):
-            noise = FittedNormal(x.shape[1:].numel(), self.objective.noise == "diagonal").to(x)
-            noise.fit(x.flatten(1))
-            self.noise = noise
-
-    def _base(self, site: Any, row: Tensor) -> nn.Module:
+    def _base(self, site: Any, row: Tensor) -> NoiseModule:
         """The program's own base as noise, as it stands now: a base that is trained on would be a moving target."""
         if isinstance(self.program, Unnormalized):
             try:
@@ -210,42 +159,9 @@ class NoiseContrastiveModule(ObjectiveModule):
                 "noise=None takes the distribution at the data site for noise, and no site observes x: give "
                 "noise='normal' or a distribution"
             )
-        fixed = Held(handlers.unmasked(site["fn"]))  # of a function: its parameters are in the tensors of the site
-        return FrozenBase(self.model, row) if isinstance(self.model, nn.Module) else fixed
-
-    def _check_noise(self, x: Tensor, support: Any) -> None:
-        """Refuse noise that does not cover the data, or that is of another shape."""
-        shape, noise = tuple(x.shape[1:]), self.objective.noise
-        covered: Any = None
-        if isinstance(self.noise, FrozenProgram):
-            program: Any = self.noise.program
-            covering = observing_site(program.model, x[:1])
-            covered = support_of(covering and covering["fn"], len(shape))
-        elif isinstance(noise, Distribution):
-            if tuple(noise.batch_shape) or tuple(noise.event_shape) != shape:
-                raise ValueError(
-                    f"noise must have event shape {shape} and no batch shape, as a row of x; got event "
-                    f"{tuple(noise.event_shape)}, batch {tuple(noise.batch_shape)}: .to_event({len(shape)}) makes a "
-                    "batch of scalars one datum"
-                )
-            covered = noise.support
-        if isinstance(noise, str) and support.is_discrete:
-            raise ValueError(
-                f"noise={noise!r} is continuous and the data site is discrete ({support}): give a discrete "
-                "distribution, or noise=None for the program's base"
-            )
-        if covered is not None:
-            if covered.is_discrete != support.is_discrete or not within(support, covered):
-                raise ValueError(
-                    f"noise has the support {covered}, smaller than that of the data site, {support}: where noise has "
-                    "no mass Z is not learnt. Give noise that covers the data site"
-                )
-            out = outside(covered, x)
-            if bool(out.any()):
-                raise ValueError(_uncovered(out))
-        missed = ~torch.isfinite(self._noise_log_prob(x))
-        if bool(missed.any()):
-            raise ValueError(_uncovered(missed))
+        if isinstance(self.model, nn.Module):
+            return FrozenBase(self.model, row)
+        return GivenNoise(handlers.unmasked(site["fn"]))  # its parameters are in the tensors of the site
 
     def _start(self, batch: tuple[Any, ...], kwargs: dict[str, Any], shape: handlers.Structure) -> None:
         """Set log Z to its importance-sampling estimate: the classifier starts balanced, and the optimizer near."""
@@ -260,19 +176,12 @@ class NoiseContrastiveModule(ObjectiveModule):
 
     def _draw(self, n: int, like: Tensor) -> Tensor:
         """Draws of the noise: ``(n, *event_shape)``."""
-        noise: Any = self.noise
-        drawn: Tensor = noise.program.sample(n) if isinstance(noise, FrozenProgram) else noise().sample((n,))
-        return drawn.reshape(n, *like.shape[1:]).to(like)
+        assert self.noise is not None
+        return self.noise.draw(n, like)
 
     def _noise_log_prob(self, x: Tensor) -> Tensor:
-        noise: Any = self.noise
-        if isinstance(noise, FrozenProgram):
-            result: Tensor = noise.program.log_prob(x)
-            return result
-        fn = noise()
-        # a base comes from a run on one row: its batch dimension of 1 broadcasts over rows
-        result = fn.log_prob(x.reshape(len(x), *fn.batch_shape[1:], *fn.event_shape))
-        return result.reshape(len(x), -1).sum(1)
+        assert self.noise is not None
+        return self.noise.log_prob(x)
 
     def _inside(self, y: Tensor, x: Tensor, *rest: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Draws of the noise, and which of them lie where f is 0; those are moved onto data, where f can be asked."""
@@ -311,10 +220,13 @@ class NoiseContrastiveModule(ObjectiveModule):
             batch: the training data, for a standard error; without them there is none.
 
         Returns:
-            Evidence: a scalar, of kind ``"estimate"``. The error is that of :math:`\hat c - \log Z(\hat\theta)` by the
-            delta method, from the sandwich covariance of all trained parameters at one draw of the noise. It supposes
-            a model that can fit the data and an optimizer that has arrived, and is None for more than 500 parameters
-            or a singular information (a network's): ``pg.log_normalizer`` then gives a value with its own error.
+            Evidence: a scalar, of kind ``"estimate"``. The error is that of :math:`\hat c - \log Z(\hat\theta)` for a
+            model that can fit the data: of first order by the delta method, from the sandwich covariance of all
+            trained parameters at one draw of the noise, and of second order as the module's derivation has it. It is
+            None where it cannot be told: the mean gradient of the loss, as the Newton step that is left, stands out of
+            these errors (the optimizer has not arrived), there are more than 500 parameters, or the information is
+            singular (a network's).
+            ``pg.log_normalizer`` then gives a value with its own error.
         """
         value = self.log_z.detach().double().cpu()
         error = None
@@ -340,20 +252,35 @@ class NoiseContrastiveModule(ObjectiveModule):
         information = (g * (h * (1 - h)).unsqueeze(1)).T @ g / rows
         residual = torch.where(torch.arange(count, device=h.device) < rows, h - 1, h)
         scores = (residual.unsqueeze(1) * g).reshape(-1, rows, g.shape[1]).sum(0)  # of each row's loss
-        if float(torch.linalg.cond(information)) > 1e10:
+        spread = torch.cov(scores.T, correction=0).reshape(g.shape[1], -1)
+        if _condition(information) > MOST_CONDITION:
             return None
         bread = torch.linalg.inv(information)
-        covariance = bread @ torch.cov(scores.T, correction=0).reshape(g.shape[1], -1) @ bread / rows
+        covariance, step = bread @ spread @ bread / rows, bread @ scores.mean(0)  # step: what Newton would still go
         contrast = -g[:rows].mean(0)  # of c − log Z(θ): ∇ log Z = E_p[∇ log f], and the last entry of g is −1
-        error: Tensor = (contrast @ covariance @ contrast).sqrt().cpu()
-        return error
+        p, ratio = g.shape[1] - 1, self.objective.ratio
+        second = p * (p + 2) / ratio**2 + (0 if isinstance(self.noise, FittedNormal) else p / ratio)
+        error: Tensor = (contrast @ covariance @ contrast + second / rows**2).sqrt()
+        arrived = bool((contrast @ step).abs() <= 2 * error) and _is_zero(step[:-1], covariance[:-1, :-1])
+        return error.cpu() if arrived else None
 
 
-def _uncovered(rows: Tensor) -> str:
-    return (
-        f"noise has no mass at {int(rows.sum())} of {len(rows)} rows of x, first at row {int(rows.nonzero()[0])}: "
-        "there Z is not learnt. Give noise that covers the data"
-    )
+def _condition(matrix: Tensor) -> float:
+    """The condition number of a covariance or information, in whatever units its rows are."""
+    scale = matrix.diagonal().sqrt()
+    if not bool((scale > 0).all()):
+        return math.inf
+    return float(torch.linalg.cond(matrix / torch.outer(scale, scale)))
+
+
+def _is_zero(mean: Tensor, covariance: Tensor) -> bool:
+    """Whether a vector is 0 within its covariance: χ² of as many degrees of freedom within 4 deviations."""
+    if not len(mean):
+        return True
+    if _condition(covariance) > MOST_CONDITION:
+        return False
+    square = float(mean @ torch.linalg.solve(covariance, mean))
+    return square <= len(mean) + 4 * math.sqrt(2 * len(mean))
 
 
 class NoiseContrastive(Objective[Unnormalized]):
@@ -361,7 +288,7 @@ class NoiseContrastive(Objective[Unnormalized]):
 
     Args:
         noise: what the data are told from: ``"normal"``, with mean and covariance of the data (``"diagonal"`` without
-            correlations), fitted once, to the first batch unless ``module.initialise(x)`` had more; a distribution of
+            correlations), fitted once: by ``fit`` to all training rows, else to the first batch; a distribution of
             one datum with ``log_prob`` and ``sample``; a program of kind `Exact` such as a flow, of which a frozen copy
             is taken; None for the distribution at the program's data site. Noise near the data tells most.
         ratio: ν, draws of noise for each datum, new ones at each call. More of them lessen the variance, towards that
@@ -395,30 +322,8 @@ class NoiseContrastive(Objective[Unnormalized]):
     def __init__(self, noise: Noise = "normal", ratio: int = 1) -> None:
         super().__init__()
         self.ratio = check_count(ratio, "ratio")
-        self.noise = _checked(noise)
+        self.noise = checked(noise)
 
     def settings(self) -> dict[str, Any]:
         named = self.noise if self.noise is None or isinstance(self.noise, str) else describe(self.noise)
         return {"noise": named, "ratio": self.ratio}
-
-
-def _checked(noise: Any) -> Noise:
-    if noise is None or noise in ("normal", "diagonal"):
-        return noise  # type: ignore[no-any-return]
-    if isinstance(noise, Exact):
-        if noise.context_shape is not None:
-            raise ValueError("noise is a program with a context: give one without, the same noise for all rows")
-        if noise.stochastic:
-            raise TypeError(f"noise needs its density, and {describe(noise)} has a random estimate of it")
-        return noise
-    if isinstance(noise, Program):
-        raise TypeError(f"noise needs log_prob, so a program of kind Exact such as pg.Flow; {describe(noise)} has none")
-    if isinstance(noise, Distribution):
-        for method in ("log_prob", "sample"):
-            if getattr(type(noise), method) in (getattr(Distribution, method), getattr(dist.TorchDistribution, method)):
-                raise TypeError(f"noise needs log_prob and sample, and {type(noise).__name__} has no {method}")
-        return noise
-    raise TypeError(
-        "noise must be 'normal', 'diagonal', a distribution, a program of kind Exact, or None for the program's base; "
-        f"got {describe(noise)}"
-    )

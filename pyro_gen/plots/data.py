@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_gen import scopes
-from pyro_gen.base import Program, Samples
+from pyro_gen.base import Program
 from pyro_gen.checks import check_count, describe
 from pyro_gen.plots.figures import BLUE, GREEN, GREY, VERMILION, limits, new_figure, principal, tidy
 
@@ -32,6 +32,7 @@ def samples(
     n: int | None = None,
     seed: int = 0,
     image_shape: tuple[int, ...] | None = None,
+    generated: Tensor | None = None,
 ) -> Figure:
     """Data beside what the program draws, and beside its reconstructions where it has a ``reconstruct``.
 
@@ -47,6 +48,8 @@ def samples(
         n: rows and draws shown; None for 36 images, or up to 1000 points.
         seed: of the draws; global generators are left as they were.
         image_shape: shape of a row as an image, where that is not clear from the data.
+        generated: draws of the program to show, ``(n, *event_shape)``, where they are there already: those of an
+            energy-based model take chains.
 
     Returns:
         The figure.
@@ -60,15 +63,18 @@ def samples(
         >>> [ax.get_title() for ax in figure.axes]
         ['data', 'reconstructed', 'generated']
     """
-    if not isinstance(program, Samples):
+    draw = getattr(program, "sample", None)
+    if draw is None and generated is None:
         raise TypeError(f"{describe(program)} cannot be sampled: plots.samples needs a program with sample(n)")
     shape = _image_shape(program, image_shape)
     rows = _first(program, x, context, n, 36 if shape is not None else 1000)
     panels = [("data", rows[0])]
     if hasattr(program, "reconstruct"):
         panels.append(("reconstructed", _reconstruct(program, rows)))
-    with scopes.evaluation_mode(program):
-        panels.append(("generated", program.sample(len(rows[0]), *rows[1:], seed=seed)))
+    if generated is None:
+        with scopes.evaluation_mode(program):
+            generated = cast(Any, draw)(len(rows[0]), *rows[1:], seed=seed)
+    panels.append(("generated", generated[: len(rows[0])]))
     parts = {name: part.detach().cpu().double() for name, part in panels}
     if shape is not None:
         sheets = _sheets([part.reshape(-1, *shape) for part in parts.values()], math.ceil(math.sqrt(len(rows[0]))))

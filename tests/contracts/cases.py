@@ -136,6 +136,35 @@ class LinearGaussian(nn.Module):
             pyro.sample("x", marginal, obs=x)
 
 
+class Tilted(nn.Module):
+    """A normal base times exp(−E), as users write it."""
+
+    def __init__(self, features: int = 3) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(features, 6), nn.Tanh(), nn.Linear(6, 1, bias=False))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("x", dist.Normal(x.new_zeros(x.shape[1]), 1.5).to_event(1), obs=x)
+            pg.energy("energy", self.net, x)
+
+
+class Units(nn.Module):
+    """Binary hidden units as latents that are summed out, each tied to x by a factor."""
+
+    def __init__(self, features: int = 3, units: int = 2) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features, units))
+        self.bias = nn.Parameter(torch.randn(units))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", x.shape[0], dim=-2):
+            pyro.sample("x", dist.Normal(x.new_zeros(1, x.shape[1]), 1.0).to_event(1), obs=x.unsqueeze(1))
+            with pyro.plate("units", self.bias.shape[0], dim=-1):
+                h = pyro.sample("h", dist.Bernoulli(x.new_tensor(0.5)), infer={"enumerate": "parallel"})
+                pyro.factor("tie", h * (x @ self.weight + self.bias))
+
+
 # ----------------------------------------------------------------------------------------------------------------- data
 def real(*event: int) -> Data:
     return lambda: torch.randn(ROWS, *event)
@@ -173,6 +202,7 @@ class Case:
         store: parameters that live in Pyro's global store: ``"always"`` (``pyro.param``), or ``"in global mode"``
             (``PyroParam``, autoguides). What lives there is not compiled.
         scoreless: its density has no score: the data stand on a discrete support, or on a surface.
+        enumerated: it has latents that are summed out, which are not compiled.
     """
 
     name: str
@@ -182,6 +212,7 @@ class Case:
     objectives: tuple[str, ...] | None = None
     store: str = "never"
     scoreless: bool = False
+    enumerated: bool = False
 
     def build(self) -> tuple[Program, tuple[Tensor, ...]]:
         """The program and its batch, the same each time."""
@@ -192,7 +223,7 @@ class Case:
             return program, tuple(part() for part in parts)
 
     def compiles(self, local: bool) -> bool:
-        return self.store == "never" or (self.store == "in global mode" and local)
+        return not self.enumerated and (self.store == "never" or (self.store == "in global mode" and local))
 
 
 SMALL: dict[str, Any] = {"latent_dim": 2, "hidden": (6,)}
@@ -201,6 +232,19 @@ SHARED = ("elbo", "elbo loop", "iwae loop")  # where latents belong to all rows 
 TINY: dict[str, Any] = {"layers": 2, "hidden": (6,)}
 EXACT = ("likelihood", "elbo", "iwae")
 LIKELIHOOD = ("likelihood",)  # the others are the same number
+ENERGIES = (
+    *(
+        "score",
+        "sliced",
+        "differences",
+        "denoising",
+        "denoising levels",
+        "nce",
+        "nce base",
+        "cd",
+        "pcd",
+    ),
+)
 
 
 def made(event_shape: int, likelihood: str = "bernoulli", **options: Any) -> Program:
@@ -282,6 +326,36 @@ CASES = [
         scoreless=True,
     ),
     Case("exact", lambda: pg.Exact(LinearGaussian(), 3), real(3), objectives=EXACT),
+    Case("ebm", lambda: pg.EBM(3, hidden=(6,)), real(3), objectives=ENERGIES),
+    Case(
+        "ebm context",
+        lambda: pg.EBM(3, context_shape=2, hidden=(6,)),
+        real(3),
+        real(2),
+        objectives=("score", "denoising", "cd"),
+    ),
+    Case(
+        "ebm rbm",
+        lambda: pg.EBM(4, "rbm", "bernoulli", hidden=(3,)),
+        binary(4),
+        objectives=("pseudo",),  # contrastive divergence moves it by blocks, and its bare model one value at a time
+        scoreless=True,
+    ),
+    Case(
+        "ebm coins",
+        lambda: pg.EBM(4, base="bernoulli", hidden=(6,)),
+        binary(4),
+        objectives=("pseudo", "cd", "pcd"),
+        scoreless=True,
+    ),
+    Case("energy by hand", lambda: pg.Unnormalized(Tilted(), 3), real(3), objectives=("score", "sliced", "nce")),
+    Case(
+        "energy with units",
+        lambda: pg.Unnormalized(Units(), 3),
+        real(3),
+        objectives=("score", "differences"),
+        enumerated=True,
+    ),
 ]
 
 OBJECTIVES: dict[str, Objective[Any]] = {
@@ -295,6 +369,16 @@ OBJECTIVES: dict[str, Objective[Any]] = {
     "dreg loop": pg.IWAE(2, gradient="dreg", vectorize_particles=False),
     "stl": pg.IWAE(3, gradient="stl"),
     "likelihood": pg.MaximumLikelihood(),
+    "score": pg.ScoreMatching(),
+    "sliced": pg.SlicedScoreMatching(2),
+    "differences": pg.FiniteDifferenceScoreMatching(0.2),
+    "denoising": pg.DenoisingScoreMatching(0.3),
+    "denoising levels": pg.DenoisingScoreMatching(sigmas=(0.1, 1.0), levels=3),
+    "nce": pg.NoiseContrastive(ratio=2),
+    "nce base": pg.NoiseContrastive(None),
+    "pseudo": pg.PseudoLikelihood(),
+    "cd": pg.ContrastiveDivergence(steps=10),  # at one step its chains may all stay where they are: no gradient
+    "pcd": pg.ContrastiveDivergence(persistent=True, chains=ROWS, start="base"),
 }
 
 

@@ -13,11 +13,7 @@ from torch import Tensor, nn
 
 from pyro_gen.base import ObjectiveModule
 from pyro_gen.fitting.sandwich import sandwich
-from pyro_gen.objectives.score_matching import (
-    FiniteDifferenceScoreMatching,
-    ScoreMatching,
-    SlicedScoreMatching,
-)
+from pyro_gen.objectives import FiniteDifferenceScoreMatching, ScoreMatching, SlicedScoreMatching
 
 DOUBLE = torch.float64
 

@@ -26,8 +26,7 @@ from pyro_gen.base import Unnormalized
 from pyro_gen.diagnostics.complaints import LOOKS, Complaint, check
 from pyro_gen.diagnostics.complaints.runs import modules_of
 from pyro_gen.handlers import energy
-from pyro_gen.objectives import ELBO, IWAE, MaximumLikelihood
-from pyro_gen.objectives.score_matching import FiniteDifferenceScoreMatching, ScoreMatching
+from pyro_gen.objectives import ELBO, IWAE, FiniteDifferenceScoreMatching, MaximumLikelihood, ScoreMatching
 
 ROWS = 7
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -94,6 +95,37 @@ def test_the_level_is_the_last_entry_of_the_context(condition: bool | None) -> N
         objective(pair)(torch.randn(8, 2), torch.cat([context, context], 1))
         assert bool((seen[-1][:, 0] == 7).all())
         assert not bool((seen[-1][:, 1] == 7).any())
+
+
+def test_a_fit_takes_x_alone_where_the_level_is_the_context(tmp_path: Path) -> None:
+    x = torch.randn(300, 2)
+    program = EBM(2, context_shape=1, hidden=(4,))
+    objective = DenoisingScoreMatching(sigmas=(0.1, 1.0), levels=3)
+    result = pg.fit(objective(program), x, steps=3, batch_size=32, validation=0.1, seed=0, progress=False)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=32)
+    pg.fit(objective(EBM(2, context_shape=1, hidden=(4,))), loader, steps=2, seed=0, progress=False)
+    result.save(tmp_path / "run")
+    again = pg.load(tmp_path / "run").program
+    level = torch.full((5, 1), math.log(0.1))
+    torch.testing.assert_close(again.log_density(x[:5], level), program.log_density(x[:5], level))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="context is missing"):
+        pg.fit(DenoisingScoreMatching(0.1)(program), x, steps=1, progress=False)
+    with pytest.raises(ValueError, match="finite"):
+        pg.fit(objective(program), x / 0, steps=1, progress=False)
+    with pytest.raises((TypeError, ValueError), match="shape"):
+        pg.fit(objective(program), x[:, :1], steps=1, progress=False)
+
+
+def test_a_fit_measures_relative_levels_on_all_rows(tmp_path: Path) -> None:
+    x = torch.randn(300, 2) * torch.tensor([1.0, 10.0])
+    one: Any = DenoisingScoreMatching(0.3, relative=True)(EBM(2, hidden=(4,)))
+    pg.fit(one, x, steps=3, batch_size=16, seed=0, progress=False).save(tmp_path / "run")
+    torch.testing.assert_close(one.spread, x.std(0, unbiased=False))
+    other: Any = pg.load(tmp_path / "run").module
+    for module in (one, other):
+        torch.manual_seed(1)
+        module.found = module(5 * x)
+    torch.testing.assert_close(one.found, other.found)
 
 
 def test_context_of_the_data_stays_theirs() -> None:

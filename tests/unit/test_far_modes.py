@@ -30,6 +30,19 @@ def test_the_weight_of_a_known_density() -> None:
     assert far_modes.left_of(0.0, program) == pytest.approx(0.3, abs=2e-4)
 
 
+def test_a_known_form_says_why() -> None:
+    """The likelihood hears the weight, the score of clean data does not; with much noise rows NCE is the likelihood."""
+    curvature, error = far_modes.known_form()
+    share = far_modes.WEIGHT * (1 - far_modes.WEIGHT)
+    assert curvature == pytest.approx(share, rel=1e-3)  # modes that far apart are labels
+    assert error == pytest.approx((share / far_modes.ROWS) ** 0.5, rel=1e-3)
+    matching = far_modes.known_form({0.0: 1.0})
+    assert matching[0] < 2e-3 * curvature
+    assert matching[1] > 50 * error  # more than the weight itself
+    assert far_modes.known_form({0.001: 1.0})[1] == pytest.approx(matching[1], rel=1e-3)  # a limit of denoising
+    assert far_modes.known_form(noise_ratio=1e6)[1] == pytest.approx(error, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_annealed_denoising_finds_the_weight() -> None:
     name = next(n for n in far_modes.OBJECTIVES if "one energy" in n)

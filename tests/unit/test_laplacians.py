@@ -144,6 +144,14 @@ ARRANGED = {  # of a (N, H), itself bent, to anything with rows that can be summ
     "addmm": lambda a: torch.addmm(C, a, MATRIX, beta=0.5, alpha=2.0) * a,
     "bilinear": lambda a: F.bilinear(a, torch.tanh(a), MATRIX.expand(2, H, H), C[:2]),
     "einsum": lambda a: torch.einsum("ni,ij,nj->n", a, MATRIX, torch.sin(a)) * torch.einsum("ni,i->n", a, C),
+    "einsum with dots": lambda a: (
+        torch.einsum("...i,ij,...j->...", a, MATRIX, torch.sin(a)) * torch.einsum("...i,i->...", a, C)
+    ),
+    "einsum without a right side": lambda a: torch.einsum("ai,ij", a, MATRIX) ** 2 + torch.einsum("...i,ij", a, MATRIX),
+    "bilinear of images": lambda a: F.bilinear(a[:, None], torch.tanh(a)[:, None], MATRIX.expand(2, H, H)),
+    "prod": lambda a: a.prod(-1) + (torch.prod(a * a, 1, keepdim=True) * a).sum(1),
+    "axis": lambda a: (a * a).sum(axis=-1) * torch.mean(a, axis=1) + (a.sum(axis=1, keepdims=True) * a).sum(-1),
+    "squared error": lambda a: F.mse_loss(a * a, C.expand(N, H), reduction="none"),
     "einsum of three": lambda a: torch.einsum("ni,ni,ni->n", a, torch.sin(a), a),
     "vecdot": lambda a: torch.linalg.vecdot(a, torch.exp(a)),
     "solve_triangular": lambda a: (
@@ -172,7 +180,9 @@ ARRANGED = {  # of a (N, H), itself bent, to anything with rows that can be summ
     "masked_fill": lambda a: a.masked_fill(a > 0.3, 2.0) ** 2,
     "maximum, minimum": lambda a: torch.maximum(a, a * a) * torch.minimum(a, C) * torch.maximum(C, a),
     "clone, contiguous, dropout": lambda a: F.dropout(a.clone().contiguous(), 0.5, training=False) * +a,
-    "to and back": lambda a: a.to(torch.float64).double().type_as(a) * a,
+    "to and back": lambda a: a.to(torch.float64).double().type_as(a).type(torch.float64) * a,
+    "constants moved to it": lambda a: a * a * C.to(a) + C.type_as(a) * a.new_tensor([1.0]) + C.to(a.device, a.dtype),
+    "as_tensor": lambda a: torch.as_tensor(a) * torch.as_tensor(data=a * a),
     "detach": lambda a: a.detach() * a * a,
     "constants of its shape": lambda a: (a + torch.zeros_like(a) + a.new_ones(H)) * torch.isfinite(a) * a.sign(),
     "rms_norm": lambda a: F.rms_norm(a, (H,), C, 1e-3),
@@ -464,6 +474,35 @@ def test_functional_gradients_and_traces(name: Any) -> None:
         torch.testing.assert_close([got[n] for n in names], list(expected), **ROUNDING)
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_conversions_inside_a_program_under_functional_gradients(traced: bool) -> None:
+    """``pyro.factor`` calls ``torch.as_tensor``, which wraps a tensor subclass under ``torch.func``."""
+    x, weight = torch.randn(N, D, dtype=torch.float64), torch.randn(D, dtype=torch.float64)
+
+    def loss(weight: Tensor, x: Tensor) -> Tensor:
+        def model(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.factor("energy", -torch.cosh(x * weight).sum(-1))
+
+        return derivatives(lambda y: log_density(model, y), x, "forward").laplacian.mean()
+
+    expected = (-(2 * weight * torch.cosh(x * weight) + weight**2 * x * torch.sinh(x * weight))).mean(0)
+    step: Any = torch.func.grad(loss)
+    with pyro.validation_enabled(False):
+        step = make_fx(step)(weight + 1, x + 1) if traced else step
+        torch.testing.assert_close(step(weight, x), expected, **ROUNDING)
+
+
+def test_another_dtype_keeps_the_derivatives() -> None:
+    x = torch.randn(N, D)
+    for change in (Tensor.double, lambda y: y.to(torch.float64), lambda y: y.type(torch.float64),
+                   lambda y: torch.as_tensor(y, dtype=torch.float64),
+        lambda y: torch.asarray(y, dtype=torch.float64)):  # fmt: skip
+        found = derivatives(lambda y, change=change: change(y).square().sum(-1).float(), x, "forward")
+        torch.testing.assert_close(found.gradient, 2 * x)
+        torch.testing.assert_close(found.laplacian, torch.full((N,), 2.0 * D))
+
+
 def test_chunks_under_functional_gradients() -> None:
     net, x = network(D), torch.randn(N, D, dtype=torch.float64)
     weights = {n: p.detach() for n, p in net.named_parameters()}
@@ -550,6 +589,7 @@ REFUSED = {
     "weights that depend on x": (lambda x: F.linear(torch.ones(N, D), x).sum(-1), "depends on x"),
     "written into": (lambda x: torch.zeros(N, D).copy_(x).sum(-1), "copy_"),
     "gradient inside": (lambda x: torch.autograd.grad(x.sum(-1), x)[0].sum(-1), "grad"),
+    "copied as a constant": (lambda x: torch.tensor(x).sum(-1), "torch.tensor"),
     "number taken out": (lambda x: x.sum(-1) * x[0, 0].item(), "picks rows|__getitem__"),
     "under no_grad": (lambda x: _without_graph(x) * x.sum(-1), "torch.sum.*no_grad|no_grad"),
     "reversed by a custom function": (lambda x: Reverse.apply(torch.sin(x)).sum(-1), "view_as"),

@@ -17,12 +17,8 @@ import pyro_gen as pg
 from pyro_gen.handlers import log_density
 from pyro_gen.handlers.derivatives import laplacian, score
 from pyro_gen.handlers.marginal import marginal_rows
+from pyro_gen.objectives import FiniteDifferenceScoreMatching, ScoreMatching, SlicedScoreMatching
 from pyro_gen.objectives.latent_scores import posterior_score, square_of_mean
-from pyro_gen.objectives.score_matching import (
-    FiniteDifferenceScoreMatching,
-    ScoreMatching,
-    SlicedScoreMatching,
-)
 
 SUM = {"enumerate": "parallel"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -89,6 +90,51 @@ def test_a_program_as_noise_is_copied_and_frozen() -> None:
         for parameter in flow.parameters():
             parameter.add_(1.0)
     torch.testing.assert_close(module._noise_log_prob(x), before)
+
+
+@pytest.mark.parametrize("noise", ["normal", "diagonal", None, "given", "program"])
+def test_state_loads_before_the_first_call(noise: Any) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        held = {"given": standard(), "program": pg.Flow(2, "linear")}.get(noise, noise)
+        return NoiseContrastive(held)(EBM(2, hidden=(4,)))
+
+    x = torch.randn(60, 2)
+    one, other = make(), make()
+    pg.fit(one, x, steps=3, seed=0, progress=False)
+    other.load_state_dict(one.state_dict())
+    for module in (one, other):
+        torch.manual_seed(1)
+        module.found = module(2 * x)
+    torch.testing.assert_close(one.found, other.found)
+
+
+def test_a_fit_fits_the_noise_to_all_rows(tmp_path: Path) -> None:
+    x = torch.randn(400, 2) * torch.tensor([1.0, 5.0])
+    module: Any = NoiseContrastive("diagonal")(EBM(2, hidden=(4,)))
+    whole = pg.fit(module, x, steps=4, batch_size=16, seed=0, progress=False)
+    torch.testing.assert_close(module.noise.factor, x.std(0, unbiased=False))
+    whole.save(tmp_path / "run")
+    again: Any = pg.load(tmp_path / "run").module
+    torch.testing.assert_close(again.noise.factor, module.noise.factor)
+    torch.testing.assert_close(again.log_z, module.log_z)
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    x = torch.randn(64, 2)
+
+    def run(path: Path, stop: int | None) -> Any:
+        torch.manual_seed(0)
+        module = NoiseContrastive()(EBM(2, hidden=(4,)))
+        options: Any = {"steps": 6, "batch_size": 16, "seed": 0, "progress": False, "checkpoint": path}
+        pg.fit(module, x, checkpoint_every=1, callback=lambda step, values: step == stop, **options)
+        return module
+
+    whole = run(tmp_path / "a", None)
+    run(tmp_path / "b", 3)
+    resumed = run(tmp_path / "b", None)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, msg=name)
 
 
 def test_noise_beyond_the_support_counts_as_noise() -> None:

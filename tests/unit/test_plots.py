@@ -372,3 +372,73 @@ def test_density_of_a_context_and_what_it_refuses(vae):
         plots.density(vae, torch.zeros(3, 64))
     with pytest.raises(ValueError, match="one of 3 features"):
         plots.density(pg.Flow(3, transform="linear"), torch.zeros(3, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------- energy
+def hill(x):
+    """E = x1²/2 + 2 (x2 - 1)², so that the score is (-x1, -4 (x2 - 1))."""
+    return x[:, 0].square() / 2 + 2 * (x[:, 1] - 1).square()
+
+
+def test_energy_shows_the_surface_from_its_least_value_with_x1_across():
+    ebm = pg.EBM(2, energy=hill, base=None)
+    x = torch.tensor([[-2.0, 0.0], [2.0, 3.0]])
+    draws = torch.tensor([[0.5, 1.0], [1.0, 1.5], [0.0, 0.5]])
+    figure = plots.energy(ebm, x, draws=draws, n=2, cells=40, arrows=6)
+    data, picture, third, bar = figure.axes
+    left, right, bottom, top = picture.images[0].get_extent()
+    assert (left, right, bottom, top) == pytest.approx((-2.4, 2.4, -0.3, 3.3))
+    across = left + (right - left) * (torch.arange(40) + 0.5) / 40
+    up = bottom + (top - bottom) * (torch.arange(40) + 0.5) / 40
+    surface = hill(torch.cartesian_prod(across, up)).reshape(40, 40).T
+    seen = torch.as_tensor(picture.images[0].get_array().data)
+    torch.testing.assert_close(seen, (surface - surface.min()).double(), rtol=1e-4, atol=1e-5)
+    low, high = picture.images[0].get_clim()
+    assert low == 0
+    assert high == pytest.approx(1.5 * (10.0 - float(surface.min())), rel=1e-4)  # the second datum has the energy 10
+    assert points(data.collections[0]).shape == points(third.collections[0]).shape == (2, 2)  # n of each
+    assert [ax.get_title() for ax in (data, picture, third)] == ["data", "energy and score", "draws"]
+    assert "nats" in bar.get_ylabel()
+
+
+def test_energy_has_arrows_along_the_score():
+    ebm = pg.EBM(2, energy=hill, base=None)
+    (arrows,) = plots.energy(ebm, torch.tensor([[-2.0, 0.0], [2.0, 2.0]]), cells=10, arrows=6).axes[1].collections
+    feet = torch.as_tensor(arrows.XY)
+    assert len(feet) == 36
+    seen = torch.stack([torch.as_tensor(arrows.U), torch.as_tensor(arrows.V)], 1)
+    score = torch.stack([-feet[:, 0], -4 * (feet[:, 1] - 1)], 1)
+    length = score.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(seen, score / (length + length.median()), rtol=1e-4, atol=1e-5)
+
+
+def test_energy_leaves_out_what_lies_outside_the_support():
+    ebm = pg.EBM(2, energy=lambda x: x.sum(-1), base=None, support="positive")
+    x = torch.tensor([[0.0, 0.0], [10.0, 10.0]]) + 0.01  # a tenth of room on each side, the lower half of it negative
+    picture = plots.energy(ebm, x, cells=12, arrows=12).axes[1]
+    surface = torch.as_tensor(picture.images[0].get_array().filled(math.nan))
+    assert bool(surface[0].isnan().all())
+    assert bool(surface[:, 0].isnan().all())
+    assert bool(torch.isfinite(surface[1:, 1:]).all())
+    assert len(picture.collections[0].XY) == 11 * 11
+
+
+def test_energy_of_a_context_of_an_exact_program_and_what_it_refuses(vae):
+    conditional = pg.EBM(2, hidden=(8,), context_shape=3)
+    x = torch.randn(30, 2)
+    assert len(plots.energy(conditional, x, torch.zeros(1, 3), cells=10, arrows=4).axes) == 3
+    assert len(plots.energy(pg.Flow(2, transform="linear"), x, cells=10, arrows=4).axes) == 3
+    with pytest.raises(ValueError, match="context must be a single row"):
+        plots.energy(conditional, x, torch.zeros(30, 3))
+    with pytest.raises(ValueError, match="context is missing"):
+        plots.energy(conditional, x)
+    with pytest.raises(TypeError, match="kind Unnormalized or Exact, got VAE"):
+        plots.energy(vae, torch.zeros(3, 64))
+    with pytest.raises(TypeError, match="no program"):
+        plots.energy(hill, x)
+    with pytest.raises(ValueError, match="one of 3 features"):
+        plots.energy(pg.EBM(3), torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="discrete x"):
+        plots.energy(pg.EBM(2, "rbm", base="bernoulli", hidden=(2,)), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"draws\.flat"):
+        plots.energy(conditional, x, torch.zeros(1, 3), draws=torch.zeros(4, 5, 2))

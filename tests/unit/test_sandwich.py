@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pyro_gen as pg
 from pyro_gen.fitting.sandwich import _invert, sandwich
-from pyro_gen.objectives.score_matching import ScoreMatching, SlicedScoreMatching
+from pyro_gen.objectives import ScoreMatching, SlicedScoreMatching
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +187,40 @@ def test_what_has_no_standard_errors() -> None:
         _invert(skew, torch.eye(2), ("a", "b"))
     with pytest.raises(ValueError, match=r"is no minimum.*along b"):
         _invert(torch.diag(torch.tensor([1.0, -0.5])), torch.eye(2), ("a", "b"))
+
+
+class Precision(nn.Module):
+    """log f = −λ|x|²/2 of two numbers; score matching gives λ̂ = 2 / mean |x|²."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.factor("energy", -self.rate * x.square().sum(-1) / 2)
+
+
+def test_a_fit_has_standard_errors() -> None:
+    x = torch.randn(400, 2)
+    square = x.square().sum(1)
+    fitted = pg.fit(
+        ScoreMatching()(pg.Unnormalized(Precision(), 2)),
+        x,
+        steps=300,
+        batch_size=len(x),
+        lr=0.05,
+        validation=None,
+        progress=False,
+        compile=False,
+    )
+    rate = fitted.program.model.rate.detach()
+    found = fitted.standard_errors(x, parameters=["model.rate"])
+    expected = (rate * square).var(unbiased=False).sqrt() / square.mean() / math.sqrt(len(x))  # λ|x|² − 2 a row
+    torch.testing.assert_close(found["model.rate"], expected)
+    torch.testing.assert_close(rate, 2 / square.mean(), rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match=r"model\.rate"):
+        fitted.standard_errors(x, parameters=["scale"])
 
 
 def test_rows_that_overflow_are_named() -> None:

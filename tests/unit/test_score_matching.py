@@ -15,11 +15,7 @@ from torch import Tensor, nn
 import pyro_gen as pg
 from pyro_gen.base import Objective
 from pyro_gen.handlers import energy
-from pyro_gen.objectives.score_matching import (
-    FiniteDifferenceScoreMatching,
-    ScoreMatching,
-    SlicedScoreMatching,
-)
+from pyro_gen.objectives import FiniteDifferenceScoreMatching, ScoreMatching, SlicedScoreMatching
 from pyro_gen.testing import losses
 
 EACH: dict[str, Objective[Any]] = {

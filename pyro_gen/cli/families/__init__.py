@@ -10,6 +10,7 @@ from typing import Any
 
 from pyro_gen.cli.errors import BadInput
 from pyro_gen.cli.families.autoregressive import AutoregressiveFamily
+from pyro_gen.cli.families.ebm import EBMFamily
 from pyro_gen.cli.families.family import PANELS, DigitsForm, Family, parameters
 from pyro_gen.cli.families.flow import FlowFamily
 from pyro_gen.cli.families.vae import VAEFamily
@@ -17,12 +18,12 @@ from pyro_gen.cli.families.vae import VAEFamily
 __all__ = ["FAMILIES", "PANELS", "DigitsForm", "Family", "family_of", "named", "parameters"]
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (VAEFamily, FlowFamily, AutoregressiveFamily)
+    family.name: family for family in (VAEFamily, FlowFamily, AutoregressiveFamily, EBMFamily)
 }  # in the order of the help
 
 
 def named(families: list[str]) -> str:
-    """Names in a sentence: vae, flow or autoregressive."""
+    """Names in a sentence: vae, flow, autoregressive or ebm."""
     return " or ".join([", ".join(families[:-1]), families[-1]] if len(families) > 1 else families)
 
 

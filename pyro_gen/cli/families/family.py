@@ -15,10 +15,10 @@ from pyro_gen.cli.errors import BadInput
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pyro_gen.base import EvidenceMethod, ObjectiveModule
+    from pyro_gen.base import EvidenceMethod, ObjectiveModule, Program
     from pyro_gen.cli.sources import Data
 
-__all__ = ["PANELS", "DigitsForm", "Family", "number", "parameters", "refuse_counts", "sizes"]
+__all__ = ["PANELS", "DigitsForm", "Family", "interval", "number", "parameters", "refuse_counts", "sizes"]
 
 PANELS = ("Data", "Model", "Objective", "Training", "Run folder and evidence")  # of the help, in this order
 
@@ -53,8 +53,11 @@ class Family:
         """The objective of the program that these options describe; ``options`` are those of all families."""
         raise NotImplementedError
 
-    def evidence(self, seed: int) -> EvidenceMethod | None:
-        """How the evidence of rows is had; None for a program that has its density exactly."""
+    def evidence(self, seed: int, program: Program | None = None) -> EvidenceMethod | None:
+        """How the evidence of rows is had; None for a program that has its density exactly.
+
+        Without a program, before there is one, it is asked only to refuse wrong options.
+        """
         return None
 
 
@@ -83,6 +86,19 @@ def number(text: str | None) -> Any:
         return None if text is None else float(text)
     except ValueError:
         return text
+
+
+def interval(text: str, supports: tuple[str, ...]) -> Any:
+    """The name of a support, or a pair of numbers."""
+    if text in supports:
+        return text
+    try:
+        low, high = (float(end) for end in text.split(","))
+    except ValueError:
+        raise BadInput(f"--support must be {', '.join(supports)} or LOW,HIGH such as 0,17, got {text!r}") from None
+    if not low < high:
+        raise BadInput(f"--support must be LOW,HIGH with LOW below HIGH, such as 0,17, got {text!r}")
+    return low, high
 
 
 def refuse_counts(x: Tensor, instead: str) -> None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from pyro_gen.cli.errors import BadInput
-from pyro_gen.cli.families.family import PANELS, DigitsForm, Family, refuse_counts, sizes
+from pyro_gen.cli.families.family import PANELS, DigitsForm, Family, interval, refuse_counts, sizes
 
 if TYPE_CHECKING:
     from pyro_gen.base import ObjectiveModule
@@ -121,23 +120,10 @@ class FlowFamily(Family):
             tuple(context[0].shape[1:]) if context else None,
             direction,
             base=self.base,
-            support=_support(self.support or ("0,17" if options["data"] == "digits" else "real")),
+            support=interval(self.support or ("0,17" if options["data"] == "digits" else "real"), SUPPORTS),
             bins=self.bins,
             bound=self.bound,
             components=self.components,
             **named,
         )
         return pg.MaximumLikelihood()(program)
-
-
-def _support(text: str) -> Any:
-    """A name, or a pair of numbers."""
-    if text in SUPPORTS:
-        return text
-    try:
-        low, high = (float(end) for end in text.split(","))
-    except ValueError:
-        raise BadInput(f"--support must be {', '.join(SUPPORTS)} or LOW,HIGH such as 0,17, got {text!r}") from None
-    if not low < high:
-        raise BadInput(f"--support must be LOW,HIGH with LOW below HIGH, such as 0,17, got {text!r}")
-    return low, high

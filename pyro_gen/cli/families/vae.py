@@ -11,7 +11,7 @@ from pyro_gen.cli.errors import BadInput
 from pyro_gen.cli.families.family import PANELS, DigitsForm, Family, number, sizes
 
 if TYPE_CHECKING:
-    from pyro_gen.base import EvidenceMethod, ObjectiveModule
+    from pyro_gen.base import EvidenceMethod, ObjectiveModule, Program
     from pyro_gen.cli.sources import Data
 
 __all__ = ["VAEFamily"]
@@ -150,7 +150,7 @@ class VAEFamily(Family):
         module: ObjectiveModule = objective(program)
         return module
 
-    def evidence(self, seed: int) -> EvidenceMethod:
+    def evidence(self, seed: int, program: Program | None = None) -> EvidenceMethod:
         from pyro_gen import ImportanceSampling
 
         return ImportanceSampling(self.importance_samples, seed=seed)
