@@ -201,7 +201,7 @@ def main() -> None:
         steps = [r["steps"] for part in found for r in part]
         rows.append([name, *map(cell, found), f"{statistics.median(steps):.0f}" if steps else "–"])
     header = ["objective", *(f"{t}: KL, nats" for t in TARGETS), "steps"]
-    publish("energies in 2-D", f"{markdown(header, rows)}\n\n{stamp()}", arguments.write)
+    publish("energies_2d", f"{markdown(header, rows)}\n\n{stamp()}", arguments.write)
 
 
 if __name__ == "__main__":

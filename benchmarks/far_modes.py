@@ -102,7 +102,7 @@ def weight(objective: Objective[Any], seed: int, steps: int = STEPS) -> float:
         program = EBM(1, hidden=HIDDEN, context_shape=1 if conditional else None)
     fit(
         objective(program), x, steps=steps, batch_size=BATCH, lr=5e-3, schedule="cosine", average="tail",
-        seed=seed, compile=False, progress=False,
+        seed=seed, validation=False, compile=False, progress=False,
     )  # fmt: skip
     return carried(program) if conditional else left_of(0.0, program)
 
@@ -204,8 +204,8 @@ def main() -> None:
     text = (
         f"{markdown(header, rows)}\n\nMean (range) over {seeds} seeds of data and network. The standard error is "
         f"that of the weight by {ROWS} rows, where both components are known; by maximum likelihood it is "
-        f"{likelihood[1]:.2g}. There the curvature in the logit of the weight is {likelihood[0]:.3f} for the likelihood and "
-        f"{matching[0]:.1e} for score matching. {stamp()}."
+        f"{likelihood[1]:.2g}. There the curvature in the logit of the weight is {likelihood[0]:.3f} for the "
+        f"likelihood and {matching[0]:.1e} for score matching. {stamp()}."
     )
     publish("far_modes", text, options.write)
 

@@ -25,6 +25,7 @@ from pyro_gen.objectives import (
     MaximumLikelihood,
     NoiseContrastive,
     PseudoLikelihood,
+    RatioMatching,
     ScoreMatching,
     SlicedScoreMatching,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "NoiseContrastive",
     "PseudoLikelihood",
     "Quadrature",
+    "RatioMatching",
     "ScoreMatching",
     "SlicedScoreMatching",
     "Unnormalized",

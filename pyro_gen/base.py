@@ -545,12 +545,15 @@ class Objective(pyro.infer.ELBO, Generic[K]):
             ``"generalized"`` (another minimum of the same kind), ``"gradient only"`` (its value means nothing) or
             ``"game"``.
         deterministic: whether two calls with one batch agree.
+        validates: whether ``fit`` holds rows out without being asked: a loss of derivatives in x runs away on the rows
+            it is trained on, long before a likelihood does.
         module_class: the `ObjectiveModule` it makes.
     """
 
     needs: ClassVar[tuple[type[Program], ...]]
     loss_is: ClassVar[LossIs]
     deterministic: bool = False
+    validates: ClassVar[bool] = False
     module_class: ClassVar[type[ObjectiveModule]]
 
     def __init__(self) -> None:

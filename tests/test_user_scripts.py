@@ -16,6 +16,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "shared" / "user_scripts"
     [
         ("svi_iwae", ["nats per datum", "held out"]),
         ("vae_to_arviz", ["FitResult(VAE", "log p(x) ≥|≈", "z[z0]|z0"]),
+        ("energy_factor", ["check says: unhandled-normalizer", "log Z ≈", "posterior", "mean log p - log q"]),
         ("flow_prior_nuts", ["coef[0]", "elpd_loo", "(good)"]),
     ],
 )

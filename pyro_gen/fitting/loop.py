@@ -23,10 +23,12 @@ from pyro_gen.fitting.batches import Batches, as_batch, split
 from pyro_gen.fitting.checkpoints import Checkpoint
 from pyro_gen.fitting.progress import Progress
 from pyro_gen.fitting.results import FitResult
-from pyro_gen.fitting.run import Callback, Run
+from pyro_gen.fitting.run import VALUELESS, Callback, Run
 from pyro_gen.scopes import forked_generators
 
 __all__ = ["fit"]
+
+HELD_OUT = 0.1  # of the rows, where a loss asks for validation by itself
 
 Factory = Callable[..., Optimizer]
 
@@ -69,7 +71,8 @@ def fit(
         average: a decay such as 0.999 for an exponential moving average of the weights, or ``"tail"`` for their mean
             over the second half of the run; the averaged weights are the result, and are what is validated.
         validation: rows held out: a fraction of the data, or data like ``data``. The weights of the evaluation with the
-            least validation loss are the result.
+            least validation loss are the result. None is a tenth for score matching and its kin, which run away on the
+            rows they are trained on (ten rows or more), and nothing for other losses; False is nothing for any.
         validate_every: steps between evaluations; None for 40 over the run.
         patience: evaluations without a new least loss after which the run stops; None runs through.
         compile: trace and compile the step: True, False, or ``"auto"`` (from `COMPILE_FROM` steps on, where it can).
@@ -92,6 +95,13 @@ def fit(
         hint = ": bind it to an objective first, pg.ELBO()(program)" if isinstance(module, Program) else ""
         raise TypeError(f"fit takes an objective bound to a program, pg.ELBO()(program), got {describe(module)}{hint}")
     check_numbers(steps, epochs, lr, clip_norm, patience, validate_every, checkpoint_every, seed)
+    by_default = validation is None and module.objective.validates and not isinstance(data, DataLoader)
+    validation = None if validation is False else HELD_OUT if by_default else validation
+    if patience is not None and module.objective.loss_is in VALUELESS:
+        raise ValueError(
+            f"patience= needs a loss that ranks weights, and the value of {type(module.objective).__name__} does not: "
+            "leave it out, and judge the result by an estimate of log p or by samples"
+        )
     if validation is None and (patience is not None or validate_every is not None):
         name = "patience" if patience is not None else "validate_every"
         raise ValueError(f"{name}= needs validation=: a fraction such as 0.1, or rows held out")
@@ -118,6 +128,8 @@ def fit(
             raise ValueError("validation as a fraction needs data in memory: give validation rows beside a DataLoader")
     else:
         source = tuple(part.to(where) for part in as_batch(moved(data, where), program, check=module.check))
+        if by_default and len(source[0]) * HELD_OUT < 1:  # too few to hold one out
+            validation = None
         if isinstance(validation, (int, float)):
             source, held, kept = split(source, validation, seed)
         if program is not None:

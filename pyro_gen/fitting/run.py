@@ -38,6 +38,7 @@ A count and not a clock, so that the same call gives the same weights on every m
 
 SNAPSHOT_EVERY = 10  # steps between copies of the weights, one of which a diverging run goes back to
 VALIDATION_ROWS = 2048
+VALUELESS = ("gradient only", "game")  # kinds of loss whose value ranks no weights
 
 Callback = Callable[[int, dict[str, float]], Any]
 
@@ -244,7 +245,7 @@ class Run:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Validation loss per datum, with the noise of one fixed seed; keeps the best weights."""
+        """Validation loss per datum, with the noise of one fixed seed; keeps the best weights if the loss ranks them."""
         assert self.held is not None
         module, rows = self.module, self.held[0].shape[0]
         training = module.training
@@ -258,7 +259,8 @@ class Run:
                     value = float(module(*part, total=total)) / (part[0].shape[0] if total is None else self.divisor)
                 loss += value * part[0].shape[0] / rows
             self.history.validation.append((self.step, loss))
-            if math.isfinite(loss) and (self.best is None or loss < self.best[0]):
+            ranks = module.objective.loss_is not in VALUELESS
+            if ranks and math.isfinite(loss) and (self.best is None or loss < self.best[0]):
                 self.best = (loss, self.step, [t.detach().clone() for t in (*self.tensors, *self.buffers)])
         module.train(training)
         return loss

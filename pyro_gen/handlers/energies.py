@@ -66,7 +66,8 @@ def energy(name: str, net: Callable[..., Tensor], *inputs: Any) -> Tensor:
         >>> log_density(model, torch.tensor([[0.0], [2.0]]))
         tensor([-0., -2.])
     """
-    plates = {m.dim: m.size for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m.dim is not None}
+    around = [m for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m.dim is not None]
+    plates = {m.dim: getattr(m, "subsample_size", m.size) for m in around}
     e = _rowwise(name, net(*inputs), plates)
     log_factor = -e
     factor = Factor(log_factor)

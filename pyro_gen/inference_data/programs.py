@@ -55,7 +55,8 @@ def program_groups(
 
     Args:
         batch: the rows, all of which are scored; the first ``max_rows`` of them get draws of their latents.
-        importance: how the evidence of a `Bounded` program is had; an int is a number of draws, None leaves it out.
+        importance: how the evidence is had; an int is a number of draws of the guide of a `Bounded` program, None leaves
+            it out. An `Unnormalized` one takes a method that estimates log Z.
     """
     count, parts = len(batch[0]), Parts()
     parts.attrs[""][REASON] = FITTED
@@ -169,13 +170,16 @@ def _score_rows(
 ) -> None:
     """Add what each row is worth: its evidence where there is one, its log-density, or nothing."""
     dims = (*SAMPLE_DIMS, data)
-    if isinstance(program, (Bounded, Exact)):
-        if method is None and not isinstance(program, Exact):
-            return
+    open_z = isinstance(program, Unnormalized) and not isinstance(program, Exact)
+    if isinstance(method, ImportanceSampling) and open_z:  # the default: it has nothing to say of a log Z
+        method = None
+    if isinstance(program, Exact) or (method is not None and isinstance(program, (Bounded, Unnormalized))):
         evidence = log_evidence(program, *batch, method=method or ImportanceSampling(1))  # an exact one needs none
         mean = evidence.mean()
         attrs: dict[str, Any] = {"kind": evidence.kind, "likelihood_kind": "exact", "units": "nats"}
-        if not isinstance(program, Exact):
+        if open_z:
+            attrs |= {"likelihood_kind": "normalized", "method": repr(method), "shared_error": evidence.shared_error}
+        elif not isinstance(program, Exact):
             attrs |= {"likelihood_kind": "marginal_iwae", "method": repr(method)}
             attrs |= {"n_importance": getattr(method, "num_samples", None)}
         if mean.standard_error is not None:
@@ -186,12 +190,12 @@ def _score_rows(
             if value is not None:
                 rows[name] = Variable(to_array(value), (data,))
         parts.add("log_evidence", rows, **attrs)
-    elif isinstance(program, Unnormalized):
+    if open_z:
         with Call(program.model, None, batch).quiet():
             value = to_array(program.log_density(*batch))
         attrs = {"kind": "unnormalized", "likelihood_kind": "unnormalized", "long_name": "log f(x) = log p(x) + log Z"}
         parts.add("energy", {site: Variable(value[None, None], dims, attrs)}, **attrs)
-    else:
+    elif not isinstance(program, Bounded):
         parts.attrs[""]["likelihood_kind"] = "implicit"
 
 

@@ -73,7 +73,8 @@ def to_inference_data(
             cannot be run at its draws (discrete latents that were summed out).
         predictive: also draw data at each draw, group ``posterior_predictive``.
         prior: also draw that often from the model, groups ``prior`` and ``prior_predictive``.
-        importance: of programs: draws for the evidence of each row, or a method of evidence; None leaves it out.
+        importance: of programs: draws for the evidence of each row, or a method of evidence (of unnormalised programs
+            one of log Z, as ``pg.AnnealedImportanceSampling()``); None leaves it out.
         max_rows: of programs: rows that get draws of their latents, the first ones; all rows get their evidence.
 
     Returns:

@@ -6,7 +6,7 @@ from pyro_gen.objectives.elbo import ELBO
 from pyro_gen.objectives.importance_weighted import IWAE
 from pyro_gen.objectives.likelihood import MaximumLikelihood
 from pyro_gen.objectives.noise_contrastive import NoiseContrastive
-from pyro_gen.objectives.pseudo_likelihood import PseudoLikelihood
+from pyro_gen.objectives.pseudo_likelihood import PseudoLikelihood, RatioMatching
 from pyro_gen.objectives.score_matching import ScoreMatching
 from pyro_gen.objectives.sliced_score_matching import FiniteDifferenceScoreMatching, SlicedScoreMatching
 
@@ -19,6 +19,7 @@ __all__ = [
     "MaximumLikelihood",
     "NoiseContrastive",
     "PseudoLikelihood",
+    "RatioMatching",
     "ScoreMatching",
     "SlicedScoreMatching",
 ]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_gen import handlers
@@ -173,13 +174,17 @@ class Repeated(Messenger):
     def __init__(self, plate: str | None, times: int) -> None:
         super().__init__()
         self.plate, self.times = plate, times
+        self.subsamples: bool | None = None  # None until the program makes its plate
 
     def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.plate and isinstance(msg["fn"], _Subsample):
+            self.subsamples = msg["value"] is not None or msg["fn"].subsample_size is not None
         msg["repeated"] = msg["cond_indep_stack"]
         frames = []
         for frame in msg["cond_indep_stack"]:
             if frame.name == self.plate and frame.vectorized:
-                whole = frame.full_size in (None, frame.size)
+                subsamples = self.subsamples  # a subsampling plate may happen to have as many rows as these copies
+                whole = frame.full_size in (None, frame.size) if subsamples is None else not subsamples
                 if not whole:  # a plate that subsamples: its own scale is full_size / size
                     msg["scale"] = msg["scale"] * self.times
                 size = frame.size // self.times

@@ -208,6 +208,7 @@ class DenoisingScoreMatching(Objective[Unnormalized]):
 
     needs = (Unnormalized,)
     loss_is = "generalized"
+    validates = True
     module_class = DenoisingScoreMatchingModule
 
     def __init__(

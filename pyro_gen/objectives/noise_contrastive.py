@@ -24,8 +24,9 @@ not move with the fit of the noise, and the first order is that of the noise it 
 :math:`N^{-1/2}`. With a and b the mean scores of data and of noise, in units of the Fisher information, the expansion
 of both equations gives :math:`\hat\theta - \theta = a - b` and :math:`\hat c - \log Z(\hat\theta) = b \cdot (a - b)`,
 where νN |b|² is χ² of p, the number of parameters. Fitted noise has a = 0: the error is −χ²/(νN), never positive, of
-mean square p(p + 2)/(νN)². Independent noise has p/(νN²) beside it. What `log_normalizer` states adds these: they count
-near that case, and elsewhere while p² is no longer small beside N.
+mean square p(p + 2)/(νN)². Independent noise has p/(νN²) beside it, which is what the sandwich of the first order then
+comes to at :math:`\hat\theta`. `log_normalizer` adds p(p + 2)/(νN)²: it counts near that case, and elsewhere where p²
+is no longer small beside N.
 """
 
 from __future__ import annotations
@@ -259,8 +260,8 @@ class NoiseContrastiveModule(ObjectiveModule):
         covariance, step = bread @ spread @ bread / rows, bread @ scores.mean(0)  # step: what Newton would still go
         contrast = -g[:rows].mean(0)  # of c − log Z(θ): ∇ log Z = E_p[∇ log f], and the last entry of g is −1
         p, ratio = g.shape[1] - 1, self.objective.ratio
-        second = p * (p + 2) / ratio**2 + (0 if isinstance(self.noise, FittedNormal) else p / ratio)
-        error: Tensor = (contrast @ covariance @ contrast + second / rows**2).sqrt()
+        second = p * (p + 2) / (ratio * rows) ** 2
+        error: Tensor = (contrast @ covariance @ contrast + second).sqrt()
         arrived = bool((contrast @ step).abs() <= 2 * error) and _is_zero(step[:-1], covariance[:-1, :-1])
         return error.cpu() if arrived else None
 

@@ -266,6 +266,7 @@ class ScoreMatching(Objective[Unnormalized]):
 
     needs = (Unnormalized,)
     loss_is = "generalized"
+    validates = True
     deterministic = True
     module_class = ScoreMatchingModule
 

@@ -178,6 +178,7 @@ class SlicedScoreMatching(Objective[Unnormalized]):
 
     needs = (Unnormalized,)
     loss_is = "generalized"
+    validates = True
     module_class = SlicedScoreMatchingModule
 
     def __init__(
@@ -230,6 +231,7 @@ class FiniteDifferenceScoreMatching(Objective[Unnormalized]):
 
     needs = (Unnormalized,)
     loss_is = "generalized"
+    validates = True
     module_class = FiniteDifferenceScoreMatchingModule
 
     def __init__(self, eps: float = 0.1, *, richardson: bool = False, projections: int = 1) -> None:

@@ -67,9 +67,10 @@ def errors(ebm: pg.EBM, found: dict[str, Tensor], x: Tensor, chains: int) -> flo
 def test_free_energy_is_the_sum_over_hidden_units() -> None:
     ebm, v, h = machine(), states(VISIBLE), states(HIDDEN)
     net: RBM = ebm.model.net  # type: ignore[assignment]
-    joint = (v @ net.visible_bias).unsqueeze(1) + h @ net.hidden_bias + v @ net.weight @ h.T
-    torch.testing.assert_close(-net(v), torch.logsumexp(joint, 1), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(net.log_sum(v, 0.3), torch.logsumexp(0.3 * joint, 1), rtol=1e-12, atol=1e-12)
+    biases, coupling = (v @ net.visible_bias).unsqueeze(1) + h @ net.hidden_bias, v @ net.weight @ h.T
+    torch.testing.assert_close(-net(v), torch.logsumexp(biases + coupling, 1), rtol=1e-12, atol=1e-12)
+    found = net.log_sum(v, 0.3)
+    torch.testing.assert_close(found, torch.logsumexp(biases + 0.3 * coupling, 1), rtol=1e-12, atol=1e-12)
 
 
 def test_a_sweep_leaves_the_distribution_as_it_is() -> None:

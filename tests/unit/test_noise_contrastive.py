@@ -112,7 +112,7 @@ def test_state_loads_before_the_first_call(noise: Any) -> None:
 def test_a_fit_fits_the_noise_to_all_rows(tmp_path: Path) -> None:
     x = torch.randn(400, 2) * torch.tensor([1.0, 5.0])
     module: Any = NoiseContrastive("diagonal")(EBM(2, hidden=(4,)))
-    whole = pg.fit(module, x, steps=4, batch_size=16, seed=0, progress=False)
+    whole = pg.fit(module, x, steps=4, batch_size=16, validation=False, seed=0, progress=False)
     torch.testing.assert_close(module.noise.factor, x.std(0, unbiased=False))
     whole.save(tmp_path / "run")
     again: Any = pg.load(tmp_path / "run").module

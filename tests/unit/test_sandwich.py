@@ -83,10 +83,11 @@ def test_score_matching_over_replicates() -> None:
         stated.append(found.covariance[0, 0])
         naive.append(1 / found.bread[0, 0] / rows)
         covered.append(bool(low <= 1 <= high))
-    spread = estimates.var()
-    error = float(spread) * (2 / replicates) ** 0.5 * 1.5  # of a variance, of tails somewhat heavier than normal
-    assert abs(float(torch.stack(stated).mean() - spread)) < 4 * error
-    assert abs(float(torch.stack(naive).mean() - spread)) > 4 * error
+    spread, means, wrong = estimates.var(), torch.stack(stated), torch.stack(naive)
+    fourth = (estimates - estimates.mean()).pow(4).mean()
+    error = float((fourth - spread**2).sqrt()) / replicates**0.5  # of a variance, from its own fourth moment
+    assert abs(float(means.mean() - spread)) < 4 * (error + float(means.std()) / replicates**0.5)
+    assert abs(float(wrong.mean() - spread)) > 4 * (error + float(wrong.std()) / replicates**0.5)
     assert abs(sum(covered) / replicates - 0.9) < 4 * (0.09 / replicates) ** 0.5
     assert abs(rows * float(spread) - 5.8358) < 4 * rows * error
 
@@ -115,8 +116,11 @@ def test_a_random_loss_takes_one_draw_for_both_matrices() -> None:
     found = sandwich(module, x, seed=1)
     assert torch.equal(before, torch.get_rng_state())
     assert float(sandwich(module, x, seed=1)["rate"]) == float(found["rate"])
-    # 2λ²/d · (1 + (d − 1)/M) at M = 1; B is a variance over rows, of kurtosis below 40
-    assert abs(rows * float(found["rate"]) ** 2 - 2 * rate**2) < 4 * 2 * rate**2 * (40 / rows) ** 0.5
+    # 2λ²/d · (1 + (d − 1)/M) at M = 1. A row's gradient is λ(vᵀx)² − d, its Hessian (vᵀx)² = d/λ · χ²₁: relative
+    # errors √(14/N) of B (of kurtosis 15) and √(2/N) of A, which enters squared
+    error = (14**0.5 + 2 * 2**0.5) / rows**0.5
+    assert abs(rows * float(found["rate"]) ** 2 / (2 * rate**2) - 1) < 4 * error
+    assert abs(2 * rate**2 / features / (2 * rate**2) - 1) > 4 * error  # that of exact score matching is told apart
 
 
 def test_constrained_parameters_are_unconstrained_and_names_choose() -> None:

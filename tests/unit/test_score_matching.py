@@ -80,11 +80,22 @@ def test_traced_steps_and_trainers_agree(name: str) -> None:
 
 @pytest.mark.parametrize("name", EACH)
 def test_the_constant_of_an_energy_has_a_gradient_and_it_is_zero(name: str) -> None:
-    model = Energy().double()
-    EACH[name](model)(torch.randn(8, 2, dtype=torch.float64)).backward()
-    assert model.net[2].bias.grad is not None  # None would leave a distributed step waiting
-    largest = model.net[2].weight.grad.abs().max()
-    assert float(model.net[2].bias.grad.abs()) <= (1e-10 * float(largest) if "diff" in name or "Rich" in name else 0)
+    """Of differences up to rounding: at most n u Σ|c|, for a sum of n terms c = ∂loss/∂log f."""
+    for dtype in (torch.float32, torch.float64):
+        model, x = Energy().to(dtype), torch.randn(8, 2, dtype=dtype)
+        module = EACH[name](model)
+        module(x).backward()
+        found = model.net[2].bias.grad
+        assert found is not None  # None would leave a distributed step waiting
+        if name in ("differences", "Richardson"):
+            copies, coefficient = (3, 4) if name == "differences" else (9, 4 * (4 + 1 / 4) / 3)  # of eps⁻², a row
+            slope = (
+                3 * float(module.pointwise(x).detach().abs().max() + coefficient / 0.2**2) ** 0.5 / 0.2
+            )  # of ½(vᵀs)²
+            total = len(x) * (coefficient / 0.2**2 + slope)
+            assert float(found.abs()) <= copies * len(x) * torch.finfo(dtype).eps * total
+        else:
+            assert float(found.abs()) == 0
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -134,22 +145,43 @@ def test_conditional_density_is_differentiated_in_x_only() -> None:
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_a_subsampling_plate_is_scaled_once(name: str) -> None:
-    rows = torch.arange(4)
+@pytest.mark.parametrize("by_energy", [False, True])
+def test_a_subsampling_plate_is_scaled_once(name: str, by_energy: bool) -> None:
+    """Differences run the program on copies of its rows: their plate has to look like one of the rows themselves."""
 
     def model(x: Tensor) -> None:
         with pyro.plate("rows of the table", 20, subsample=torch.arange(len(x))):
-            pyro.factor("energy", -(x**2).sum(-1))
+            if by_energy:
+                energy("energy", lambda x: (x**2).sum(-1), x)
+            else:
+                pyro.factor("energy", -(x**2).sum(-1))
 
-    x = torch.randn(len(rows), 2)
+    x = torch.randn(4, 2)
     module = EACH[name](model)
+    expected = (2 * x.square().sum(-1) - 4).sum()  # s = −2x; of a sphere the diagonal Hessian is exact, v² = 1
     for total, factor in ((None, 5.0), (20, 5.0), (40, 10.0)):
-        if name in ("differences", "Richardson"):
-            break
         torch.manual_seed(1)
         loss = module(x, total=total)
         torch.manual_seed(1)
         torch.testing.assert_close(loss, factor * module.pointwise(x).sum())
+    if name in ("exact", "reverse", "sliced"):
+        torch.testing.assert_close(loss, 10 * expected)
+
+
+def test_differences_on_a_plate_of_another_length() -> None:
+    """As many copies as rows of the table: a plate that is full by accident is scaled by what was given."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 12, subsample=torch.arange(len(x))):
+            pyro.factor("energy", -(x**2).sum(-1))
+
+    for rows in (4, 6, 12):  # with 3 copies: 12 of 12, 18 and 36 of 12
+        x = torch.randn(rows, 2)
+        module = FiniteDifferenceScoreMatching(0.2)(model)
+        torch.manual_seed(1)
+        loss = module(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(loss, 12 / rows * module.pointwise(x).sum())
 
 
 def test_numbers_without_an_event_dimension() -> None:
@@ -357,7 +389,7 @@ def test_supports_without_a_known_weight() -> None:
         ScoreMatching(weight="auto")(model)(torch.rand(4, 2).softmax(-1))
 
 
-@pytest.mark.parametrize("name", ["VAE", "ELBO"])
+@pytest.mark.parametrize("name", EACH)
 def test_kinds_that_have_no_score(name: str) -> None:
     with pytest.raises(TypeError, match="Unnormalized"):
-        ScoreMatching()(pg.VAE(3, latent_dim=2, hidden=(4,)))  # type: ignore[arg-type]
+        EACH[name](pg.VAE(3, latent_dim=2, hidden=(4,)))  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ draws one z for all rows, a column that meets a vector and scores every row agai
 optimizer finds. None of it is an error, all of it shows in a run or two. `check` runs a pair a few times, looks at the
 sites and at what the graphs of their log-probabilities end in, and says what it finds in sentences.
 
-One function a complaint, in the table `LOOKS`: each takes a `Pair`, what the runs showed, and yields `Complaint`s.
+One function a complaint, in the table `LOOKS`: each takes a `Pair`, what the runs showed, and yields complaints.
 """
 
 from __future__ import annotations
