@@ -11,7 +11,7 @@ torch's fused Adam: exact score matching, sliced with one Rademacher direction, 
 steps (η = .005) from the data and no penalty. A *run of chains* returns where 512 chains end: 100 Langevin steps, or 20
 HMC proposals of 10 leapfrog steps (ε = .1). Workers take turns, case by case and round by round; a ratio is torchebm's
 time over ours in the same round. Times are CPU times. Rows with `pg.fit(compile=True)` are its compiled step beside
-torchebm's eager one: ``torch.compile`` of torchebm's losses fails (double backward).
+torchebm's eager one: ``torch.compile`` fails on its denoising and sliced losses.
 """
 
 from __future__ import annotations

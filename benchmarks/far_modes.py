@@ -120,7 +120,8 @@ def known_form(levels: dict[float, float] | None = None, noise_ratio: float | No
     def density(sigma: float, w: Tensor | float, at: Tensor) -> Tensor:
         scale = math.sqrt(1 + sigma**2)
         left, right = (torch.distributions.Normal(m, scale).log_prob(at).exp() for m in (-4.0, 4.0))
-        return w * left + (1 - w) * right
+        mixed: Tensor = w * left + (1 - w) * right
+        return mixed
 
     p = density(0.0, WEIGHT, x)
     if levels is None:

@@ -25,6 +25,7 @@ __all__ = ["Moment", "agreement", "defects", "exact_quadratic", "moment", "relat
 
 Array = NDArray[np.float64]
 Worker = Any
+NAMED = {"ours": "pyro_gen"}
 NAMES = {"exact": "exact", "sliced": "sliced, 1 projection", "denoising": "denoising", "cd": "CD-10"}
 
 
@@ -98,7 +99,11 @@ def gaussian(workers: dict[str, Worker], folder: Path, chains: int = 20_000) -> 
         x = np.load(output)
         found = [moment(v) for v in (x[:, 0] ** 2, x[:, 1] ** 2, x[:, 0] * x[:, 1])]
         rows.append(
-            [library, *map(str, found), f"{max(m.off(t) for m, t in zip(found, (1.0, 4.0, 1.6), strict=True)):.1f}"]
+            [
+                NAMED.get(library, library),
+                *map(str, found),
+                f"{max(m.off(t) for m, t in zip(found, (1.0, 4.0, 1.6), strict=True)):.1f}",
+            ]
         )
     return rows
 
@@ -189,5 +194,5 @@ def edge(workers: dict[str, Worker], folder: Path, chains: int = 20_000) -> list
             "draw", name="edge", case="hmc", start=str(start), output=str(output), step_size=0.3, steps=50, leapfrog=5
         )
         found[library] = moment(np.load(output)[:, 0] ** 2)
-    what = "HMC on √(1 − x²), |x| < 1: E x²"
+    what = "HMC on √(1 − x²), −1 < x < 1: E x²"
     return [[what, "0.2500", *(f"{found[n]} ({found[n].off(0.25):.0f} s.e.)" for n in ("torchebm", "ours"))]]

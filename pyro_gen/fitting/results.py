@@ -94,7 +94,7 @@ class FitResult:
     ) -> StandardErrors:
         """Standard errors of the fitted weights from the spread of the rows' gradients: see :func:`sandwich`.
 
-        The weights have to be at the minimum for ``data``: fit to the end, on all of it (``validation=None``).
+        The weights have to be at the minimum for ``data``: fit to the end, on all of it (``validation=False``).
 
         Args:
             data: the rows of the fit: x, or a tuple ``(x, context)``.

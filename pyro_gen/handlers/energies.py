@@ -25,14 +25,15 @@ class Factor(dist.Unit):  # type: ignore[misc, no-any-unimported, unused-ignore]
     """A factor of given logarithm, as the distribution behind a site; it takes whatever behaves as a tensor."""
 
     def __init__(self, log_factor: Tensor) -> None:
-        self.log_factor = log_factor
+        self.log_factor: Tensor = log_factor
         dist.TorchDistribution.__init__(self, log_factor.shape, torch.Size((0,)), validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Factor:
         return Factor(self.log_factor.expand(batch_shape))
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        return self.log_factor.new_empty((*sample_shape, *self.batch_shape, 0))
+        empty: Tensor = self.log_factor.new_empty((*sample_shape, *self.batch_shape, 0))
+        return empty
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.log_factor
@@ -63,15 +64,19 @@ def energy(name: str, net: Callable[..., Tensor], *inputs: Any) -> Tensor:
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("x", dist.Normal(x.new_zeros(1), 1.0).to_event(1).mask(False), obs=x)  # flat
         ...         energy("energy", lambda x: x.square().sum(-1) / 2, x)
-        >>> log_density(model, torch.tensor([[0.0], [2.0]]))
-        tensor([-0., -2.])
+        >>> log_density(model, torch.tensor([[1.0], [2.0]]))
+        tensor([-0.5000, -2.0000])
     """
-    around = [m for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m.dim is not None]
-    plates = {m.dim: getattr(m, "subsample_size", m.size) for m in around}
+    plates: dict[int, int] = {
+        m.dim: getattr(m, "subsample_size", m.size)
+        for m in _PYRO_STACK
+        if isinstance(m, IndepMessenger) and m.dim is not None
+    }
     e = _rowwise(name, net(*inputs), plates)
     log_factor = -e
     factor = Factor(log_factor)
-    pyro.sample(name, factor, obs=factor.sample(), infer={"is_auxiliary": True, "energy": net})
+    infer: Any = {"is_auxiliary": True, "energy": net}
+    pyro.sample(name, factor, obs=factor.sample(), infer=infer)
     return e
 
 

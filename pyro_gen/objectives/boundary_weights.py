@@ -74,19 +74,17 @@ def _edge(edge: Any, site: DataSite, x: Tensor) -> float | Tensor | None:
             f"the support of site {site.name!r} is another one for each row: give weight= a function of x that "
             "vanishes at its boundary"
         )
-    return full[0].clone()
+    first: Tensor = full[0].clone()
+    return first
 
 
 def quadratic(edges: Edges) -> Weight:
     """The weight of a support with these edges: of order t² at distance t from an edge."""
 
     def weight(x: Tensor) -> Tensor:
-        low, high = (e.to(x) if isinstance(e, Tensor) else e for e in edges)
-        if high is None:
-            return (x - low) ** 2
-        if low is None:
-            return (high - x) ** 2
-        return ((x - low) * (high - x) / (high - low)) ** 2
+        distances = [(x - (e.to(x) if isinstance(e, Tensor) else e)).abs() for e in edges if e is not None]
+        one, two = distances[0], distances[-1]
+        return torch.square(one if len(distances) == 1 else one * two / (one + two))
 
     return weight
 

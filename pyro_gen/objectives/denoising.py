@@ -28,6 +28,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from pyro_gen import handlers, scopes
 from pyro_gen.base import Objective, ObjectiveModule, Unnormalized, context_error
 from pyro_gen.checks import check_count, describe
 from pyro_gen.objectives.observed_supports import observing_site, support_of
+from pyro_gen.objectives.unreached import reaching, unreached
 from pyro_gen.targets import is_real
 
 __all__ = ["DenoisingScoreMatching", "SigmaChoice", "choose_sigma"]
@@ -55,6 +57,7 @@ class DenoisingScoreMatchingModule(ObjectiveModule):
         self.register_buffer("shares", torch.tensor(objective.shares))
         self.register_buffer("spread", torch.ones(()))
         self.register_buffer("measured", torch.tensor(False))
+        self.silent: tuple[str, ...] = ()  # parameters that the score does not contain
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if (saved := state_dict.get(f"{prefix}spread")) is not None:  # one number until measured, then one a feature
@@ -108,6 +111,14 @@ class DenoisingScoreMatchingModule(ObjectiveModule):
             self.shares = torch.tensor(self.objective.shares, dtype=x.dtype, device=x.device)
             self.spread = self.spread.to(self.levels)
         self._measure(x)
+        with (
+            scopes.forked_generators(0),
+            scopes.preserved_state(self.model, self.guide),
+            poutine.block(),
+            scopes.hide_bare_parameters(),
+            torch.enable_grad(),
+        ):
+            self.silent = unreached(self, self._rows(batch, kwargs))
         return shape
 
     def check_structure(self, shape: handlers.Structure) -> None:
@@ -118,35 +129,52 @@ class DenoisingScoreMatchingModule(ObjectiveModule):
 
     def score(self, y: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
         """∇ log f at y, of the shape of y: the one place where this loss meets the kind of its program."""
-        result: Tensor = torch.func.grad(lambda at: self.log_density_rows(at, *rest, **kwargs).sum())(y)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            result: Tensor = torch.func.grad(lambda at: self.log_density_rows(at, *rest, **kwargs).sum())(y)
+            return result
+        recorded = torch.is_grad_enabled()  # plain autograd where it can be: less overhead
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            (result,) = torch.autograd.grad(self.log_density_rows(y, *rest, **kwargs).sum(), y, create_graph=recorded)
         return result
 
     def pointwise(self, *batch: Any, **kwargs: Any) -> Tensor:
         """The loss of each row at one draw of its noise (or of a pair ±n), and of its level: ``(rows,)``."""
         if self.structure is None:
             self.prepare(*batch, **kwargs)
+        return reaching(self, self._rows(batch, kwargs), self.silent)
+
+    def _rows(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         x, count = batch[0], len(self.levels)
-        noise = torch.normal(torch.zeros_like(x), torch.ones_like(x))
-        offset = torch.randint(count, (), device=x.device) if count > 1 else torch.zeros((), device=x.device)
+        noise = torch.normal(0.0, 1.0, x.shape, dtype=x.dtype, device=x.device)
         # each row's level is uniform, and a batch has all of them in equal numbers, which spares variance
-        index = (torch.arange(len(x), device=x.device) + offset.long()) % count
-        sigma = self.levels[index].reshape(-1, *[1] * (x.dim() - 1)) * self.spread
+        index = None
+        if count > 1:
+            index = (torch.arange(len(x), device=x.device) + torch.randint(count, (), device=x.device)) % count
+        sigma, share = self._of_levels(index, x.dim())
         signs = (1.0, -1.0) if self.objective.antithetic else (1.0,)
         total: Any = 0.0
         for sign in signs:
             y, *rest = self._with_level((x + sign * sigma * noise, *batch[1:]), index)
             gap = sigma * self.score(y, *rest, **kwargs) + sign * noise
             total = total + gap.square().reshape(len(x), -1).sum(1)
-        loss: Tensor = self.shares[index] * total / (2 * len(signs))
+        loss: Tensor = share * total / (2 * len(signs))
         return loss
 
-    def _with_level(self, batch: tuple[Any, ...], index: Tensor) -> tuple[Any, ...]:
+    def _of_levels(self, index: Tensor | None, dims: int) -> tuple[Tensor, Tensor]:
+        """σ in the units of x, and the weight of the loss, of each row's level; of the only one for index None."""
+        if index is None:
+            return self.levels[0] * self.spread, self.shares[0]
+        return self.levels[index].reshape(-1, *[1] * (dims - 1)) * self.spread, self.shares[index]
+
+    def _with_level(self, batch: tuple[Any, ...], index: Tensor | None) -> tuple[Any, ...]:
         """The batch with log σ as the last entry of its context, where the program takes the level."""
         x, *given = batch
         shape = None if self.program is None else self.program.context_shape
         found = shape == (1,) and not given and len(self.levels) > 1
         if not (found if self.objective.condition is None else self.objective.condition):
             return batch
+        index = torch.zeros(len(x), dtype=torch.long, device=self.levels.device) if index is None else index
         level = self.levels[index].log().to(x).unsqueeze(1)
         if self.program is not None and (shape is None or len(shape) != 1):
             raise ValueError(

@@ -232,19 +232,7 @@ SHARED = ("elbo", "elbo loop", "iwae loop")  # where latents belong to all rows 
 TINY: dict[str, Any] = {"layers": 2, "hidden": (6,)}
 EXACT = ("likelihood", "elbo", "iwae")
 LIKELIHOOD = ("likelihood",)  # the others are the same number
-ENERGIES = (
-    *(
-        "score",
-        "sliced",
-        "differences",
-        "denoising",
-        "denoising levels",
-        "nce",
-        "nce base",
-        "cd",
-        "pcd",
-    ),
-)
+ENERGIES = ("score", "sliced", "differences", "denoising", "denoising levels", "nce", "nce base", "pcd")
 
 
 def made(event_shape: int, likelihood: str = "bernoulli", **options: Any) -> Program:
@@ -345,7 +333,7 @@ CASES = [
         "ebm coins",
         lambda: pg.EBM(4, base="bernoulli", hidden=(6,)),
         binary(4),
-        objectives=("pseudo", "cd", "pcd"),
+        objectives=("pseudo", "ratio", "cd", "pcd"),
         scoreless=True,
     ),
     Case("energy by hand", lambda: pg.Unnormalized(Tilted(), 3), real(3), objectives=("score", "sliced", "nce")),
@@ -377,6 +365,7 @@ OBJECTIVES: dict[str, Objective[Any]] = {
     "nce": pg.NoiseContrastive(ratio=2),
     "nce base": pg.NoiseContrastive(None),
     "pseudo": pg.PseudoLikelihood(),
+    "ratio": pg.RatioMatching(),
     "cd": pg.ContrastiveDivergence(),  # of continuous x all chains may stay where they are: no gradient to check
     "pcd": pg.ContrastiveDivergence(persistent=True, chains=ROWS, start="base"),
 }

@@ -62,7 +62,7 @@ def estimates(module: NoiseContrastiveModule, ratio: int) -> Tensor:
 
         def loss(at: Tensor, x: Tensor, noise: Tensor) -> Tensor:
             module._draw = lambda n, like: noise  # type: ignore[method-assign]  # Newton needs one draw for all steps
-            found: Any = functional_call(module, {"model.precision": at[0], "log_z": at[1]}, (x,))
+            found: Tensor = functional_call(module, {"model.precision": at[0], "log_z": at[1]}, (x,))
             return found
 
         def newton(at: Tensor, x: Tensor, noise: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def errors_of(kind: Any, fitted: bool, rows: int, replicates: int) -> Tensor:
         def loss(at: Tensor, x: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
             module._draw = lambda n, like: scale * noise
             state = {"model.precision": at[0], "log_z": at[1], scale_name: scale}
-            found: Any = functional_call(module, state, (x,))
+            found: Tensor = functional_call(module, state, (x,))
             return found
 
         def newton(at: Tensor, *draws: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pyro
@@ -11,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
-from pyro.optim import Adam
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 import pyro_gen as pg
@@ -31,7 +32,8 @@ class Quadratic(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = x if context is None else x - context
-        return (x @ self.precision * x).sum(-1) / 2 + self.bias
+        result: Tensor = (x @ self.precision * x).sum(-1) / 2 + self.bias
+        return result
 
 
 def gaussian(context_shape: int | None = None) -> tuple[pg.EBM, Quadratic]:
@@ -44,7 +46,8 @@ COVARIANCE = torch.tensor([[1.0, 0.5], [0.5, 0.8]])
 
 def draws(rows: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 2, generator=generator) @ torch.linalg.cholesky(COVARIANCE).T
+    result: Tensor = torch.randn(rows, 2, generator=generator) @ torch.linalg.cholesky(COVARIANCE).T
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------- what it finds
@@ -99,7 +102,7 @@ def test_plain_pyro_program_inside_svi() -> None:
 
     pyro.clear_param_store()
     objective = ContrastiveDivergence(steps=2, persistent=True, chains=500)
-    svi = SVI(model, lambda x: None, Adam({"lr": 0.05}), loss=objective)
+    svi = SVI(model, lambda x: None, PyroOptim(torch.optim.Adam, {"lr": 0.05}), loss=objective)
     found = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -163,7 +166,7 @@ def test_persistent_chains_move_in_training_and_in_nothing_else() -> None:
     ebm, _ = gaussian()
     module: Any = ContrastiveDivergence(persistent=True, chains=20, steps=2)(ebm)
     x = draws(8)
-    assert module.chains is None
+    assert not list(module.chains or [])
     module(x)
     chains, size = module.chains.clone(), module.step_size.clone()
     assert chains.shape == (20, 2)
@@ -179,6 +182,10 @@ def test_persistent_chains_move_in_training_and_in_nothing_else() -> None:
     assert not torch.equal(module.step_size, size)
 
 
+def _note(net: Quadratic, seen: list[Tensor], step: int, values: dict[str, float]) -> None:
+    seen.append(net.precision.detach().clone())
+
+
 def test_validation_leaves_the_run_as_it_is() -> None:
     x, ends = draws(64), []
     for validation in (None, draws(16, seed=1)):
@@ -187,7 +194,7 @@ def test_validation_leaves_the_run_as_it_is() -> None:
         seen: list[Tensor] = []
         pg.fit(
             module, x, steps=20, validation=validation, seed=0, compile=False, progress=False,
-            callback=lambda step, values, net=net, seen=seen: seen.append(net.precision.detach().clone()),
+            callback=partial(_note, net, seen),
         )  # fmt: skip
         ends.append(seen[-1])
     assert torch.equal(*ends)
@@ -369,7 +376,7 @@ def test_what_does_not_fit_the_program() -> None:
     with pytest.raises(TypeError, match="floating point"):
         ContrastiveDivergence()(ebm)(torch.ones(3, 2, dtype=torch.long))
     with pytest.raises(TypeError, match="needs a program of kind"):
-        ContrastiveDivergence()(pg.VAE(2))  # type: ignore[arg-type]
+        ContrastiveDivergence()(pg.VAE(2))  # type: ignore[call-overload]
 
     def latent(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

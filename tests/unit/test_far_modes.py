@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import far_modes
 
+from pyro_gen.programs.ebm import EBM
+
 
 def test_data_have_the_weight_that_is_asked_for() -> None:
     x = far_modes.data(0)
@@ -25,7 +27,7 @@ def test_the_weight_of_a_known_density() -> None:
         parts = [-0.5 * (y + 4) ** 2 + torch.tensor(0.3).log(), -0.5 * (y - 4) ** 2 + torch.tensor(0.7).log()]
         return -torch.logsumexp(torch.stack(parts), 0)
 
-    program = far_modes.EBM(1, energy, base=None)
+    program = EBM(1, energy, base=None)
     # Φ(−4) = 3e-5 of each mode lies on the other side, and float32 rounds the sum to a few 1e-5
     assert far_modes.left_of(0.0, program) == pytest.approx(0.3, abs=2e-4)
 

@@ -214,7 +214,7 @@ def test_a_fit_has_standard_errors() -> None:
         steps=300,
         batch_size=len(x),
         lr=0.05,
-        validation=None,
+        validation=False,
         progress=False,
         compile=False,
     )

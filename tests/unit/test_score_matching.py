@@ -212,7 +212,7 @@ def test_fit_names_the_rows_of_a_divergence() -> None:
     module.prepare(x)
     x[5] = 12.0  # exp(288) overflows
     with pytest.raises(pg.Divergence) as raised:
-        pg.fit(module, x, steps=2, batch_size=32, validation=None, progress=False, compile=False)
+        pg.fit(module, x, steps=2, batch_size=32, validation=False, progress=False, compile=False)
     assert len(raised.value.rows) == 1
 
 
