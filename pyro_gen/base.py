@@ -630,6 +630,11 @@ class Objective(pyro.infer.ELBO, Generic[K]):
         """The configuration as numbers and strings: results record it, `repr` shows what is not the default."""
         return {}
 
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Objective[K]:
+        """The objective of these :meth:`settings`; what `load` builds, from numbers and strings alone."""
+        return cls(**settings)
+
 
 def _kind(program: Program) -> str:
     return next(k.__name__ for k in (Exact, Bounded, Unnormalized, Implicit, Program) if isinstance(program, k))

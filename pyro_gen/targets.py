@@ -31,15 +31,12 @@ class Target:
         event_shape: shape of one datum.
         support: constraint on one datum, of ``event_dim = len(event_shape)``.
         template: empty tensor with the dtype and device of the chains.
-        log_base_normalizer: log Z of the path at β = 0.
 
     Args:
         log_density: ``(chains, *event_shape)`` to log f, ``(chains,)``.
         log_base: likewise the log-density of the base, normalised; None where there is none.
         sample_base: a number n to n draws of the base; None where there is none.
     """
-
-    log_base_normalizer: float = 0.0
 
     def __init__(
         self,
@@ -53,6 +50,11 @@ class Target:
         self.event_shape, self.template = event_shape, template
         self.support = constraints.independent(constraints.real, len(event_shape)) if support is None else support
         self._log_density, self._log_base, self._sample_base = log_density, log_base, sample_base
+
+    @property
+    def log_base_normalizer(self) -> float:
+        """log Z of the path at β = 0."""
+        return 0.0
 
     def log_density(self, x: Tensor) -> Tensor:
         """log f of each chain: ``(chains,)``, in nats."""

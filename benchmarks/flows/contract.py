@@ -1,8 +1,8 @@
 """What a library's worker builds: one specification for all of them, and the three things that are asked of a model.
 
 Every flow has standard normal noise, `layers` layers of rational-quadratic splines with `bins` bins on [-bound, bound]
-and linear tails, whose parameters come from a network of `depth` hidden layers of `hidden` units. Its parallel direction is
-that of the density. Between autoregressive layers the order of features is reversed; with `mixing="lu"` a trained
+and linear tails, whose parameters come from a network of `depth` hidden layers of `hidden` units. Its parallel
+direction is that of the density. Between autoregressive layers the order of features is reversed; with `mixing="lu"` a trained
 matrix in LU form stands before every layer (in normflows, which permutes there at random, in place of the reversal).
 Everything else is the library's own default, the activation too unless it is named (silu in pyro_gen, ReLU elsewhere).
 """

@@ -203,7 +203,7 @@ def load(folder: str | Path, into: Program | ObjectiveModule | None = None) -> F
     objective: Any = None
     if not isinstance(into, ObjectiveModule):  # which brings its own, with modules that no settings describe
         try:
-            objective = OBJECTIVES[described["objective"]](**described["objective_settings"])
+            objective = OBJECTIVES[described["objective"]].from_settings(described["objective_settings"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path / 'program.json'} names an objective unknown here ({error}): make the same one "

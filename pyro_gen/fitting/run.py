@@ -245,7 +245,7 @@ class Run:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Validation loss per datum, with the noise of one fixed seed; keeps the best weights if the loss ranks them."""
+        """Validation loss per datum, under the noise of one seed; keeps the best weights if the loss ranks them."""
         assert self.held is not None
         module, rows = self.module, self.held[0].shape[0]
         training = module.training

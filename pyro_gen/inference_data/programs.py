@@ -55,8 +55,8 @@ def program_groups(
 
     Args:
         batch: the rows, all of which are scored; the first ``max_rows`` of them get draws of their latents.
-        importance: how the evidence is had; an int is a number of draws of the guide of a `Bounded` program, None leaves
-            it out. An `Unnormalized` one takes a method that estimates log Z.
+        importance: how the evidence is had; an int is a number of draws of the guide of a `Bounded` program, None
+            leaves it out. An `Unnormalized` one takes a method that estimates log Z.
     """
     count, parts = len(batch[0]), Parts()
     parts.attrs[""][REASON] = FITTED
@@ -170,14 +170,14 @@ def _score_rows(
 ) -> None:
     """Add what each row is worth: its evidence where there is one, its log-density, or nothing."""
     dims = (*SAMPLE_DIMS, data)
-    open_z = isinstance(program, Unnormalized) and not isinstance(program, Exact)
-    if isinstance(method, ImportanceSampling) and open_z:  # the default: it has nothing to say of a log Z
+    open_z = program if isinstance(program, Unnormalized) and not isinstance(program, Exact) else None
+    if isinstance(method, ImportanceSampling) and open_z is not None:  # the default: it has nothing to say of a log Z
         method = None
     if isinstance(program, Exact) or (method is not None and isinstance(program, (Bounded, Unnormalized))):
         evidence = log_evidence(program, *batch, method=method or ImportanceSampling(1))  # an exact one needs none
         mean = evidence.mean()
         attrs: dict[str, Any] = {"kind": evidence.kind, "likelihood_kind": "exact", "units": "nats"}
-        if open_z:
+        if open_z is not None:
             attrs |= {"likelihood_kind": "normalized", "method": repr(method), "shared_error": evidence.shared_error}
         elif not isinstance(program, Exact):
             attrs |= {"likelihood_kind": "marginal_iwae", "method": repr(method)}
@@ -190,9 +190,9 @@ def _score_rows(
             if value is not None:
                 rows[name] = Variable(to_array(value), (data,))
         parts.add("log_evidence", rows, **attrs)
-    if open_z:
+    if open_z is not None:
         with Call(program.model, None, batch).quiet():
-            value = to_array(program.log_density(*batch))
+            value = to_array(open_z.log_density(*batch))
         attrs = {"kind": "unnormalized", "likelihood_kind": "unnormalized", "long_name": "log f(x) = log p(x) + log Z"}
         parts.add("energy", {site: Variable(value[None, None], dims, attrs)}, **attrs)
     elif not isinstance(program, Bounded):

@@ -42,6 +42,7 @@ from pyro_gen.objectives.data_sites import (
     require_continuous,
 )
 from pyro_gen.objectives.latent_scores import draw, guide_loss, joint, square_of_mean
+from pyro_gen.objectives.unreached import reaching, unreached
 
 __all__ = ["ScoreMatching", "ScoreModule", "check_smooth_flag", "row_sum"]
 
@@ -50,6 +51,17 @@ class ScoreModule(ObjectiveModule):
     """What the losses made of derivatives in x share: the guards, and latents summed out."""
 
     objective: Any
+    silent: tuple[str, ...] = ()  # parameters that the score does not contain
+
+    def pointwise(self, *batch: Any, **kwargs: Any) -> Tensor:
+        """The estimate of J of each row: ``(rows,)``, in units of 1/x²; of x⁰ under weights of a bounded support."""
+        if self.structure is None:
+            self.prepare(*batch, **kwargs)
+        return reaching(self, self.score_rows(*batch, **kwargs), self.silent)
+
+    def score_rows(self, *batch: Any, **kwargs: Any) -> Tensor:
+        """What :meth:`pointwise` has, of a program that has been prepared."""
+        raise NotImplementedError
 
     def prepare(self, *batch: Any, **kwargs: Any) -> Structure:
         purpose = type(self.objective).__name__
@@ -70,6 +82,8 @@ class ScoreModule(ObjectiveModule):
         try:
             with scopes.preserved_state(self.model, self.guide), poutine.block(), scopes.hide_bare_parameters():
                 self.examine(site, batch, kwargs)
+                with scopes.forked_generators(0), torch.enable_grad():
+                    self.silent = unreached(self, self.score_rows(*batch, **kwargs))
         except BaseException:
             self.structure = None  # what is refused once is refused again
             raise
@@ -161,14 +175,11 @@ class ScoreMatchingModule(ScoreModule):
             drawn = draw(self.guide, self.structure, batch, 1, **kwargs)
         return joint(self.model, self.structure, drawn, **kwargs)
 
-    def pointwise(self, *batch: Any, **kwargs: Any) -> Tensor:
-        """J of each row, ``(rows,)``, in units of 1/x²; of x⁰ under the weights of a bounded support."""
-        if self.structure is None:
-            self.prepare(*batch, **kwargs)
+    def score_rows(self, *batch: Any, **kwargs: Any) -> Tensor:
         if self.__dict__["marginal"]:
             return self._marginal(batch, kwargs)
-        value, gradient, laplacian = self._derivatives(self.density(batch, kwargs), batch[0])
-        return laplacian + 0.5 * row_sum(gradient.square()) + 0 * value  # reaches a constant in E, with gradient zero
+        _, gradient, laplacian = self._derivatives(self.density(batch, kwargs), batch[0])
+        return laplacian + 0.5 * row_sum(gradient.square())
 
     def _marginal(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """J of each row with its latents integrated out, and the gradient of the guide's own bound."""
@@ -180,7 +191,7 @@ class ScoreMatchingModule(ScoreModule):
         log_w = (value - drawn.log_guide.detach()).reshape(count, rows)
         g = gradient.reshape(count, rows, -1)
         second = (log_w.softmax(0) * (laplacian.reshape(count, rows) + g.square().sum(-1))).sum(0)
-        loss = second - 0.5 * square_of_mean(log_w, g) + 0 * value.reshape(count, rows).sum(0)
+        loss = second - 0.5 * square_of_mean(log_w, g)
         if drawn.log_guide.requires_grad:
             bound = guide_loss(self.model, self.structure, drawn, **kwargs)
             loss = loss + (bound - bound.detach())

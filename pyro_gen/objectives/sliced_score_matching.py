@@ -41,19 +41,16 @@ LARGEST_NOISE = 0.1  # share of a second difference that rounding may make up
 class SlicedScoreMatchingModule(ScoreModule):
     objective: SlicedScoreMatching
 
-    def pointwise(self, *batch: Any, **kwargs: Any) -> Tensor:
-        """The estimate of J of each row: ``(rows,)``, in units of 1/x²."""
-        if self.structure is None:
-            self.prepare(*batch, **kwargs)
+    def score_rows(self, *batch: Any, **kwargs: Any) -> Tensor:
         x, objective = batch[0], self.objective
         v = [directions(x, objective.noise) for _ in range(objective.projections)]
-        value, score, products = hessian_products(self.density(batch, kwargs), x, v)
-        trace = [row_sum(product * one) for product, one in zip(products, v, strict=True)]
+        _, score, products = hessian_products(self.density(batch, kwargs), x, v)
+        trace = _mean([row_sum(product * one) for product, one in zip(products, v, strict=True)])
         if objective.variance_reduction:
             square = row_sum(score.square())
         else:
-            square = torch.stack([row_sum(score * one).square() for one in v]).mean(0)
-        return torch.stack(trace).mean(0) + 0.5 * square + 0 * value
+            square = _mean([row_sum(score * one).square() for one in v])
+        return trace + 0.5 * square
 
 
 class FiniteDifferenceScoreMatchingModule(ScoreModule):
@@ -63,9 +60,9 @@ class FiniteDifferenceScoreMatchingModule(ScoreModule):
         check_step(batch[0], self.objective.eps)
         super().examine(site, batch, kwargs)
 
-    def pointwise(self, *batch: Any, **kwargs: Any) -> Tensor:
-        """The estimate of J of each row: ``(rows,)``, in units of 1/x²."""
-        shape = self.structure or self.prepare(*batch, **kwargs)
+    def score_rows(self, *batch: Any, **kwargs: Any) -> Tensor:
+        shape = self.structure
+        assert shape is not None
         x, eps, count = batch[0], self.objective.eps, self.objective.projections
         lengths = (eps, 2 * eps) if self.objective.richardson else (eps,)
         v = [directions(x, "rademacher") for _ in range(count)]
@@ -82,6 +79,11 @@ class FiniteDifferenceScoreMatchingModule(ScoreModule):
             first, second = ([(4 * near - far) / 3] for near, far in (first, second))
         result: Tensor = (second[0] + 0.5 * first[0].square()).mean(0)
         return result
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    """The mean over directions; of one of them itself."""
+    return values[0] if len(values) == 1 else torch.stack(values).mean(0)
 
 
 # --------------------------------------------------------------------------------------------------------- derivatives

@@ -6,6 +6,8 @@ they are given a gradient of zero.
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor, nn
 
@@ -24,5 +26,6 @@ def unreached(module: nn.Module, rows: Tensor) -> tuple[str, ...]:
 def reaching(module: nn.Module, rows: Tensor, names: tuple[str, ...]) -> Tensor:
     """The same losses, with a gradient of zero for these parameters."""
     for name in names:
-        rows = rows + 0 * module.get_parameter(name).sum()
+        parameter: Tensor = attrgetter(name)(module)  # which may stand in for it (torch.func.functional_call)
+        rows = rows + 0 * parameter.sum()
     return rows

@@ -218,10 +218,13 @@ class BoltzmannTarget(Target):
     def __init__(self, net: RBM, target: Target, beta: Tensor | float = 1.0, *, flat: bool = False) -> None:
         self.net, self.target, self.beta, self.flat = net, target, beta, flat
         self.log_coin = 0.0 if flat else -target.event_shape.numel() * math.log(2)  # of one state under fair coins
-        self.log_base_normalizer = float(net.log_uncoupled().detach()) + self.log_coin
         coins = Bernoulli(logits=net.visible_bias.detach()).to_event(1)
         rest = target.event_shape, target.template, target.support, coins.log_prob, lambda n: coins.sample((n,))
         super().__init__(lambda x: self.log_density_at(x, beta), *rest)
+
+    @property
+    def log_base_normalizer(self) -> float:
+        return float(self.net.log_uncoupled().detach()) + self.log_coin
 
     def log_density_at(self, x: Tensor, beta: Tensor | float) -> Tensor:
         return self.log_coin + self.net.log_sum(x, beta)

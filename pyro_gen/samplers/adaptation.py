@@ -45,7 +45,7 @@ def nudge(step_size: Tensor, acceptance: Tensor, aim: float, rate: float) -> Ten
 
 
 def first_step_size(sampler: Any, target: Target, state: State) -> Tensor:
-    """A step size at which the mean acceptance crosses its aim, by doubling or halving that of the state.
+    """The largest step size of those 2^k times the state's, up to the first crossing, with the acceptance aimed at.
 
     Raises:
         ValueError: if no step is small enough for a proposal to be accepted.
@@ -57,9 +57,9 @@ def first_step_size(sampler: Any, target: Target, state: State) -> Tensor:
     size = state.step_size
     grow = acceptance(size) > sampler.acceptance_aim
     for _ in range(DOUBLINGS):
-        size = size * (2.0 if grow else 0.5)
+        before, size = size, size * (2.0 if grow else 0.5)
         if (acceptance(size) > sampler.acceptance_aim) != grow:
-            return size
+            return before if grow else size
     if grow:  # flat as far as the chains can see
         return size
     raise ValueError(

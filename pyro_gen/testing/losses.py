@@ -51,7 +51,7 @@ def check_declared(module: ObjectiveModule, *batch: Tensor) -> None:
         module, objective = fresh(module), module.objective
         expect(objective.loss_is in get_args(LossIs), f"loss_is={objective.loss_is!r} is none of {get_args(LossIs)}")
         settings = through_json(objective.settings())
-        again = through_json(type(objective)(**settings).settings())
+        again = through_json(type(objective).from_settings(settings).settings())
         expect(again == settings, f"an objective of settings {settings} has settings {again}")
         before = torch.get_rng_state()
         module.prepare(*batch)
@@ -340,7 +340,7 @@ def check_trainers(
         copied = fresh(program)
         copied.initialise(*batch)
         optimizer = PyroOptim(torch.optim.SGD, {"lr": lr / rows})
-        svi = SVI(copied.model, copied.guide, optimizer, loss=type(objective)(**objective.settings()))
+        svi = SVI(copied.model, copied.guide, optimizer, loss=type(objective).from_settings(objective.settings()))
         losses = [svi.step(*batch) / rows for _ in range(steps)]
         _agree("SVI and a plain torch loop", (losses, _weights(copied)), loop, start)
     with alone():

@@ -215,7 +215,7 @@ def test_objectives_declare_what_they_are(objective: type[Objective[Any]]) -> No
     assert objective.needs
     assert objective.loss_is
     made = make(objective)
-    assert repr(type(made)(**made.settings())) == repr(made)
+    assert repr(type(made).from_settings(made.settings())) == repr(made)
     assert isinstance(made, pyro.infer.ELBO)  # SVI looks
 
 
