@@ -11,6 +11,7 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import Distribution
 
 __all__ = [
     "DataScale",
@@ -19,6 +20,7 @@ __all__ = [
     "hide_bare_parameters",
     "preserved_state",
     "total_scale",
+    "without_validation",
 ]
 
 
@@ -140,3 +142,14 @@ def forked_generators(seed: int | None = None) -> Iterator[None]:
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def without_validation() -> Iterator[None]:
+    """Run densities without the checks of distributions, Pyro's and torch's, and put both switches back."""
+    default = Distribution._validate_args  # torch's own switch: Pyro would set it to what Pyro's was
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        Distribution.set_default_validate_args(default)

@@ -2,8 +2,9 @@
 
 Every flow has standard normal noise, `layers` layers of rational-quadratic splines with `bins` bins on [-bound, bound]
 and linear tails, whose parameters come from a network of `depth` hidden layers of `hidden` units. Its parallel
-direction is that of the density. Between autoregressive layers the order of features is reversed; with `mixing="lu"` a trained
-matrix in LU form stands before every layer (in normflows, which permutes there at random, in place of the reversal).
+direction is that of the density. Between autoregressive layers the order of features is reversed; with `mixing="lu"` a
+trained matrix in LU form stands before every layer (in normflows, which permutes there at random, in place of the
+reversal).
 Everything else is the library's own default, the activation too unless it is named (silu in pyro_gen, ReLU elsewhere).
 """
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_gen import scopes
 from pyro_gen.base import PARETO_K_LIMIT, Evidence, EvidenceKind, Sampler, Unnormalized
 from pyro_gen.checks import check_count, describe
 from pyro_gen.evidence.chunks import even_parts
@@ -38,7 +39,6 @@ from pyro_gen.evidence.growth import centre_and_scale, check_growth
 from pyro_gen.evidence.normalizers import Normalizes, check_seed, estimating, one_target, rows_at_once
 from pyro_gen.evidence.paths import Ladder, check_schedule, tuned_ladder
 from pyro_gen.samplers import HMC, Gibbs, Langevin
-from pyro_gen.samplers.chains import without_validation
 from pyro_gen.statistics import effective_sample_size, log_mean_exp, pareto_k
 from pyro_gen.targets import Target
 
@@ -157,7 +157,7 @@ class AnnealedImportanceSampling(Normalizes):
         if type(target) is Target and not target.support.is_discrete:  # chains in the support would be rounded to it
             start = None if start is None else target.from_support(start)
             target = target.unconstrained()
-        with without_validation():
+        with scopes.without_validation():
             ladder = self._ladder(target)
             most = rows_at_once(target.tempered(0.5).log_density, target.sample_base(1), self.memory)
             weights, done = [], 0

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pyro_gen import scopes
 from pyro_gen.base import Evidence, Unnormalized
 from pyro_gen.checks import check_count
 from pyro_gen.evidence.normalizers import Normalizes, estimating, one_target, require_density, rows_at_once
 from pyro_gen.nn import RBM
-from pyro_gen.samplers.chains import without_validation
 from pyro_gen.samplers.gibbs import levels_of
 from pyro_gen.targets import Target
 
@@ -64,7 +64,7 @@ class Enumeration(Normalizes):
 
     def log_normalizer(self, program: Unnormalized, context: Tensor | None = None) -> Evidence:
         """log Z of the program; see :func:`pyro_gen.log_normalizer`."""
-        with estimating(program), without_validation():
+        with estimating(program), scopes.without_validation():
             states = self._states(one_target(program, context))
             total = torch.full((), -math.inf, dtype=torch.float64)
             largest = 0.0
@@ -83,7 +83,7 @@ class Enumeration(Normalizes):
         """
         check_count(n, "n")
         known = require_density(program, type(self).__name__)
-        with estimating(known, seed), without_validation():
+        with estimating(known, seed), scopes.without_validation():
             states = self._states(one_target(known, context))
             values = torch.cat([value for _, value in self._chunks(states)])
             if len(values) > 2**24:

@@ -16,17 +16,15 @@ the decoder sees one large batch. Weights are averaged in float64 whatever the p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import NamedTuple, TypeVar
 
-import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pyro_gen import handlers, scopes
 from pyro_gen.base import PARETO_K_LIMIT, Evidence, EvidenceKind, Exact, Program
@@ -125,7 +123,7 @@ class ImportanceSampling:
             plan = self._probe(program, batch)
             if self.seed is not None:
                 stack.enter_context(scopes.forked_generators(self.seed))
-            stack.enter_context(_without_validation())
+            stack.enter_context(scopes.without_validation())
             results = []
             for start in range(0, len(x), plan.rows):
                 rows = tuple(part[start : start + plan.rows] for part in batch)
@@ -208,13 +206,3 @@ def _refuse_nan(log_weights: Tensor, start: int) -> None:
             f"log p(x, z) - log q(z | x) is nan or infinite, first in row {start + int(bad.nonzero()[0])}: look at "
             "what encoder and decoder give for that row"
         )
-
-
-@contextmanager
-def _without_validation() -> Iterator[None]:
-    default = Distribution._validate_args  # torch's own switch: Pyro would set it to what Pyro's was
-    try:
-        with pyro.validation_enabled(False):
-            yield
-    finally:
-        Distribution.set_default_validate_args(default)

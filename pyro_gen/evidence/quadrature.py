@@ -24,11 +24,11 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from pyro_gen import scopes
 from pyro_gen.base import Evidence, EvidenceKind, Unnormalized
 from pyro_gen.checks import check_count, describe
 from pyro_gen.evidence.growth import centre_and_scale, check_growth
 from pyro_gen.evidence.normalizers import Normalizes, estimating, one_target, rows_at_once
-from pyro_gen.samplers.chains import without_validation
 from pyro_gen.targets import Target
 
 __all__ = ["Quadrature"]
@@ -91,7 +91,7 @@ class Quadrature(Normalizes):
                     "points; pg.AnnealedImportanceSampling() estimates log Z"
                 )
             check_growth(target, *centre_and_scale(target))
-            with without_validation():
+            with scopes.without_validation():
                 return self._refined(_Grid(target, self.memory))
 
     def _refined(self, grid: _Grid) -> Evidence:

@@ -8,10 +8,11 @@ network has ΔE = 0 almost everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from pyro_gen.nn.mlp import MLP
 
 __all__ = ["RBM", "EnergyMLP"]
 
@@ -40,14 +41,10 @@ class EnergyMLP(nn.Module):
         activation: type[nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__()
-        sizes = [features + context_features, *hidden]
-        layers: list[nn.Module] = []
-        for a, b in pairwise(sizes):
-            layers += [nn.Linear(a, b), activation()]
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], 1, bias=False))
-        self.features, self.context_features = features, context_features
-        self.register_buffer("loc", torch.zeros(sizes[0]))
-        self.register_buffer("scale", torch.ones(sizes[0]))
+        inputs = features + context_features
+        self.mlp = MLP(inputs, 1, hidden, activation=activation, output_bias=False)
+        self.register_buffer("loc", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
 
     @torch.no_grad()
     def standardise(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -60,7 +57,7 @@ class EnergyMLP(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if context is not None:
             x = torch.cat([x, context], -1)
-        result: Tensor = self.layers((x - self.loc) / self.scale).squeeze(-1)
+        result: Tensor = self.mlp((x - self.loc) / self.scale).squeeze(-1)
         return result
 
 

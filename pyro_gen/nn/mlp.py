@@ -20,6 +20,7 @@ class MLP(nn.Module):
         hidden: sizes of the hidden layers; ``()`` is a linear map.
         context_features: size of the context vector, 0 for none.
         activation: class of the activation between the layers.
+        output_bias: whether the last layer has a bias.
 
     Shapes: ``(..., features)`` and a context ``(..., context_features)``, expanded over the leading dimensions, to
     ``(..., outputs)``.
@@ -33,13 +34,14 @@ class MLP(nn.Module):
         *,
         context_features: int = 0,
         activation: type[nn.Module] = nn.SiLU,
+        output_bias: bool = True,
     ) -> None:
         super().__init__()
         sizes = [features + context_features, *hidden]
         layers: list[nn.Module] = []
         for a, b in pairwise(sizes):
             layers += [nn.Linear(a, b), activation()]
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], outputs, bias=output_bias))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if context is not None:

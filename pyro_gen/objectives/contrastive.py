@@ -44,7 +44,7 @@ from pyro_gen.handlers.marginal import marginal_rows
 from pyro_gen.objectives.observed_supports import observing_site, support_of
 from pyro_gen.samplers import HMC, MALA, Gibbs, Langevin
 from pyro_gen.samplers.adaptation import first_step_size, nudge
-from pyro_gen.samplers.chains import Chains, without_validation
+from pyro_gen.samplers.chains import Chains
 from pyro_gen.targets import Target
 
 __all__ = ["ContrastiveDivergence"]
@@ -119,7 +119,7 @@ class ContrastiveDivergenceModule(ObjectiveModule):
                     target.check_inside(x, "x")
                 if isinstance(objective.start, Tensor):
                     target.check_inside(self._fresh(target, batch, kwargs), "start")
-            with without_validation():
+            with scopes.without_validation():
                 start = self._fresh(target, batch, kwargs)
                 if objective.persistent and self.chains is None:
                     self.chains = start.detach().clone()
@@ -138,7 +138,10 @@ class ContrastiveDivergenceModule(ObjectiveModule):
         rows, penalty = len(batch[0]), self.objective.energy_penalty
         negatives = self.negatives(*batch, **kwargs)
         data = self.log_density_rows(*batch, **kwargs)
-        with poutine.block(), without_validation():  # the scale of a row is that of its data; these are other rows
+        with (
+            poutine.block(),
+            scopes.without_validation(),
+        ):  # the scale of a row is that of its data; these are other rows
             drawn = self._density(negatives, batch, kwargs, shape)
         gap = self._of_rows(drawn, rows) - data
         if penalty:
@@ -153,7 +156,7 @@ class ContrastiveDivergenceModule(ObjectiveModule):
         """
         shape = self.structure or self.prepare(*batch, **kwargs)
         moves = self.training and torch.is_grad_enabled()
-        with torch.no_grad(), poutine.block(), scopes.evaluation_mode(self.model), without_validation():
+        with torch.no_grad(), poutine.block(), scopes.evaluation_mode(self.model), scopes.without_validation():
             target = self._target(batch, kwargs, shape)
             x, size = self._advance(target, self._begin(target, batch, kwargs))
             if moves and self.chains is not None:

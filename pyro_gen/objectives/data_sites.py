@@ -21,6 +21,7 @@ from torch import Tensor
 from pyro_gen import handlers
 from pyro_gen.checks import describe
 from pyro_gen.handlers import site_kind
+from pyro_gen.objectives.observed_supports import entry_support
 
 __all__ = ["DataSite", "Repeated", "check_inside", "check_row_by_row", "find_data_site", "require_continuous"]
 
@@ -93,14 +94,7 @@ def find_data_site(sites: dict[str, Any], x: Tensor, *rest: Any, purpose: str) -
             f"site {names[0]!r} holds discrete data ({type(handlers.innermost(fn)).__name__}), which have no score: "
             "use pg.PseudoLikelihood or pg.ContrastiveDivergence"
         )
-    return DataSite(names[0], single(fn.support), fn, site["value"])
-
-
-def single(support: Any) -> Any:
-    """The constraint on one number behind a constraint on many."""
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return support
+    return DataSite(names[0], entry_support(fn.support), fn, site["value"])
 
 
 def _same(value: Tensor, x: Tensor) -> bool:

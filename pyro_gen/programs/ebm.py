@@ -156,10 +156,9 @@ class EBM(Unnormalized):
         """log b(x) − E(x) of each row: what the trace of the model has, without one."""
         x = batch[0]
         e = self.model.net(*batch)
-        if not isinstance(e, Tensor) or e.shape != x.shape[:1]:
-            if not isinstance(e, Tensor) or tuple(e.shape) != (len(x), 1) or not e.dtype.is_floating_point:
-                return super().log_density_rows(*batch)  # which says what is wrong
-            e = e.squeeze(-1)
+        if not isinstance(e, Tensor) or not e.dtype.is_floating_point or tuple(e.shape) not in ((len(x),), (len(x), 1)):
+            return super().log_density_rows(*batch)  # which says what is wrong
+        e = e.reshape(len(x)) if e.dim() == 2 else e
         base = self.model.base
         if isinstance(base, BaseMeasure) and base.name is None:
             return -e

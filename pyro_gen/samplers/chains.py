@@ -17,11 +17,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pyro
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, biject_to
+from torch.distributions import biject_to
 
 from pyro_gen import scopes
 from pyro_gen.base import Bounded, Divergence, Implicit, Info, State, Unnormalized
@@ -39,7 +38,6 @@ __all__ = [
     "metropolis",
     "normal_like",
     "rows",
-    "without_validation",
 ]
 
 WARMUP = 500
@@ -161,7 +159,7 @@ class Chains:
             target = as_target(program, context)
             self.check_target(target)
             state = self._begin(target, start, warmup)
-            stack.enter_context(without_validation())
+            stack.enter_context(scopes.without_validation())
             bar = stack.enter_context(_bar(warmup + draws * thin, progress))
             state = self._warm_up(target, state, warmup, bar)
             return self._draw(target, state, draws, thin, warmup, bar)
@@ -335,17 +333,6 @@ def metropolis(log_ratio: Tensor, energy_loss: float = math.inf) -> tuple[Tensor
 def choose(accepted: Tensor, proposal: Tensor, now: Tensor) -> Tensor:
     """The proposal of the chains that accepted it, the present of the others."""
     return torch.where(accepted.reshape(-1, *[1] * (now.dim() - 1)), proposal, now)
-
-
-@contextmanager
-def without_validation() -> Iterator[None]:
-    """Run densities without the checks of distributions, Pyro's and torch's, and put both switches back."""
-    default = Distribution._validate_args  # torch's own switch: Pyro would set it to what Pyro's was
-    try:
-        with pyro.validation_enabled(False):
-            yield
-    finally:
-        Distribution.set_default_validate_args(default)
 
 
 # ----------------------------------------------------------------------------------------------------------- arguments
