@@ -165,6 +165,9 @@ class EBM(Unnormalized):
         log_base: Tensor = base().log_prob(x)
         return log_base - e
 
+    def _base(self, rows: int, *contexts: Tensor) -> Any:
+        return unmasked(self.model.base()).expand((rows,))
+
     def target(self, context: Tensor | None = None) -> Target:
         """The density as samplers and methods of log Z see it; an RBM's path runs over its hidden units too.
 

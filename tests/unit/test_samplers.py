@@ -16,6 +16,7 @@ from pyro.infer import MCMC, NUTS
 from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_gen import scopes
 from pyro_gen.base import Bounded, Divergence, Implicit, Sampler, State, Unnormalized
 from pyro_gen.handlers import Unobserve, energy
 from pyro_gen.programs.ebm import EBM
@@ -24,7 +25,6 @@ from pyro_gen.samplers import gibbs as gibbs_module
 from pyro_gen.samplers import hmc as hmc_module
 from pyro_gen.samplers import langevin as langevin_module
 from pyro_gen.samplers.adaptation import Spread, nudge
-from pyro_gen.samplers.chains import without_validation
 from pyro_gen.samplers.gibbs import levels_of
 from pyro_gen.statistics import chain_ess
 from pyro_gen.targets import Target
@@ -401,7 +401,7 @@ def test_steps_trace(sampler):
     ebm = EBM(2, energy=lambda x: (x**4).sum(-1) / 4)
 
     def step(x):
-        with without_validation():  # which asks for values
+        with scopes.without_validation():  # which asks for values
             target = ebm.target()
             state, info = sampler.step(target, sampler.init(target, x))
         return state.x, state.log_density, info.acceptance
@@ -421,7 +421,7 @@ def test_discrete_steps_trace(sampler, blocks):
     ebm = EBM(5, "rbm" if blocks else lambda x: x.sum(-1).square(), "bernoulli", hidden=(3,))
 
     def step(x):
-        with without_validation():
+        with scopes.without_validation():
             target = ebm.target()
             state, _info = sampler.step(target, sampler.init(target, x))
         return state.x, state.log_density
