@@ -545,6 +545,7 @@ class Objective(pyro.infer.ELBO, Generic[K]):
             ``"generalized"`` (another minimum of the same kind), ``"gradient only"`` (its value means nothing) or
             ``"game"``.
         deterministic: whether two calls with one batch agree.
+        takes: ``"continuous"`` or ``"discrete"`` data, or ``"any"``.
         validates: whether ``fit`` holds rows out without being asked: a loss of derivatives in x runs away on the rows
             it is trained on, long before a likelihood does.
         module_class: the `ObjectiveModule` it makes.
@@ -553,6 +554,7 @@ class Objective(pyro.infer.ELBO, Generic[K]):
     needs: ClassVar[tuple[type[Program], ...]]
     loss_is: ClassVar[LossIs]
     deterministic: bool = False
+    takes: ClassVar[Literal["any", "continuous", "discrete"]] = "any"
     validates: ClassVar[bool] = False
     module_class: ClassVar[type[ObjectiveModule]]
 
@@ -575,7 +577,7 @@ class Objective(pyro.infer.ELBO, Generic[K]):
         if guide is not None:
             raise TypeError("a program brings its own guide: call the objective with the program alone")
         if not isinstance(model, self.needs):
-            others = sorted(o.__name__ for o in _objectives() if isinstance(model, o.needs))
+            others = sorted(o.__name__ for o in known_objectives() if isinstance(model, o.needs))
             raise TypeError(
                 f"{type(self).__name__} needs a program of kind {' or '.join(k.__name__ for k in self.needs)}, and "
                 f"{describe(model)} is {_kind(model)}; what trains it: {', '.join(others) or 'no objective here'}"
@@ -640,11 +642,12 @@ def _kind(program: Program) -> str:
     return next(k.__name__ for k in (Exact, Bounded, Unnormalized, Implicit, Program) if isinstance(program, k))
 
 
-def _objectives(root: type[Any] | None = None) -> list[type[Objective[Any]]]:
+def known_objectives(root: type[Any] | None = None) -> list[type[Objective[Any]]]:
+    """The objectives of the package that have been imported."""
     found: list[type[Objective[Any]]] = []
     for cls in (root or Objective).__subclasses__():
         if cls.__module__.startswith("pyro_gen."):
-            found += [cls, *_objectives(cls)]
+            found += [cls, *known_objectives(cls)]
     return found
 
 

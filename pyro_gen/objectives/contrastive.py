@@ -124,7 +124,9 @@ class ContrastiveDivergenceModule(ObjectiveModule):
                 if objective.persistent and self.chains is None:
                     self.chains = start.detach().clone()
                 if self.step_size is None and _seeks(sampler) and not x.is_meta:
-                    self.step_size = first_step_size(sampler, target, sampler.init(target, start)).detach().clone()
+                    with scopes.forked_generators(0):  # the same under every trainer and seed
+                        found = first_step_size(sampler, target, sampler.init(target, start))
+                    self.step_size = found.detach().clone()
         return shape
 
     def log_density_rows(self, *batch: Any, **kwargs: Any) -> Tensor:

@@ -41,6 +41,8 @@ from pyro_gen.targets import is_real
 
 __all__ = ["DenoisingScoreMatching", "SigmaChoice", "choose_sigma"]
 
+DEFAULT = 0.1  # standard deviations of the data
+
 
 class DenoisingScoreMatchingModule(ObjectiveModule):
     """The loss; its state are the levels, and the spread of the data where σ is relative to it."""
@@ -197,7 +199,7 @@ class DenoisingScoreMatching(Objective[Unnormalized]):
     Z has dropped out of the score. What is estimated is the density of x + σn, at one level or, annealed, at several.
 
     Args:
-        sigma: standard deviation of the noise, in the units of x.
+        sigma: standard deviation of the noise, in the units of x; by default a tenth of that of each feature.
         sigmas: instead of ``sigma``, several levels; or two ends of a ladder of ``levels`` steps.
         levels: number of levels, geometric between the two numbers of ``sigmas``.
         relative: σ counts standard deviations of each feature instead, measured once: by ``fit`` on all training rows,
@@ -211,7 +213,7 @@ class DenoisingScoreMatching(Objective[Unnormalized]):
         antithetic: draw the noise in pairs ±n: twice the work, and a gradient whose variance stays finite as σ falls.
 
     Raises:
-        ValueError: for σ that is not positive and finite, or neither or both of ``sigma`` and ``sigmas``; at the first
+        ValueError: for σ that is not positive and finite, or both of ``sigma`` and ``sigmas``; at the first
             call for discrete or bounded data, a free latent site, no plate over rows.
         TypeError: for a program whose log f is not known.
 
@@ -236,6 +238,7 @@ class DenoisingScoreMatching(Objective[Unnormalized]):
 
     needs = (Unnormalized,)
     loss_is = "generalized"
+    takes = "continuous"
     validates = True
     module_class = DenoisingScoreMatchingModule
 
@@ -251,7 +254,9 @@ class DenoisingScoreMatching(Objective[Unnormalized]):
         antithetic: bool = False,
     ) -> None:
         super().__init__()
-        if (sigma is None) == (sigmas is None):
+        if sigma is None and sigmas is None:
+            sigma, relative = DEFAULT, True
+        if sigma is not None and sigmas is not None:
             raise ValueError(
                 "give sigma=, one level of noise in the units of x (or in standard deviations of x, with "
                 f"relative=True), or sigmas=, several of them; got sigma={describe(sigma)}, sigmas={describe(sigmas)}"

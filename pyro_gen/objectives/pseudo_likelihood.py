@@ -163,6 +163,7 @@ class PseudoLikelihood(Objective[Unnormalized]):
 
     needs = (Unnormalized,)
     loss_is = "generalized"
+    takes = "discrete"
     module_class: ClassVar[type[ObjectiveModule]] = PseudoLikelihoodModule
     binary: ClassVar[bool] = False
 

@@ -277,6 +277,7 @@ class ScoreMatching(Objective[Unnormalized]):
 
     needs = (Unnormalized,)
     loss_is = "generalized"
+    takes = "continuous"
     validates = True
     deterministic = True
     module_class = ScoreMatchingModule

@@ -180,6 +180,7 @@ class SlicedScoreMatching(Objective[Unnormalized]):
 
     needs = (Unnormalized,)
     loss_is = "generalized"
+    takes = "continuous"
     validates = True
     module_class = SlicedScoreMatchingModule
 
@@ -233,6 +234,7 @@ class FiniteDifferenceScoreMatching(Objective[Unnormalized]):
 
     needs = (Unnormalized,)
     loss_is = "generalized"
+    takes = "continuous"
     validates = True
     module_class = FiniteDifferenceScoreMatchingModule
 

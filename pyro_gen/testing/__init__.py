@@ -28,8 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_gen.base import Objective, ObjectiveModule, Program, Samples, Unnormalized
-from pyro_gen.base import _objectives as all_objectives
+from pyro_gen.base import Bounded, Objective, ObjectiveModule, Program, Samples, Unnormalized, known_objectives
 from pyro_gen.compiled import why_not
 from pyro_gen.testing.basis import ContractError, alone, fresh, is_discrete, structure
 from pyro_gen.testing.losses import (
@@ -90,7 +89,8 @@ def check_program(
     Args:
         program: a program of any kind. It is not changed.
         x: some rows of data, ``(rows, *event_shape)``, at least two; ``context`` likewise, for a conditional program.
-        objectives: what it is to be trained by; None for every objective of the package that takes its kind.
+        objectives: what it is to be trained by; None for likelihood and bounds where it has them, else for every
+            objective of the package that takes its kind and data.
         inductor: also compile the step of every objective (seconds each), not only trace it.
 
     Returns:
@@ -139,7 +139,11 @@ def check_program(
     run("render", check_render, program, x, context)
 
     if objectives is None:
-        objectives = [make() for make in all_objectives() if isinstance(program, make.needs)]
+        other = "continuous" if discrete else "discrete"
+        makes = [make for make in known_objectives() if isinstance(program, make.needs) and make.takes != other]
+        if isinstance(program, Bounded):  # likelihood or bound: other losses train it too, but ask more of its density
+            makes = [make for make in makes if make.loss_is in ("log-likelihood", "lower bound")]
+        objectives = [make() for make in makes]
     for objective in objectives:
         name = type(objective).__name__
         module = objective(program)

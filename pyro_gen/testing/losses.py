@@ -346,10 +346,8 @@ def check_trainers(
     with alone():
         copied = fresh(program)
         module = objective(copied)
-        sgd = torch.optim.SGD
-        result = fit(
-            module, batch, steps=steps, batch_size=rows, optimizer=sgd, lr=lr, seed=0, compile=False, progress=False
-        )
+        options: Any = {"optimizer": torch.optim.SGD, "lr": lr, "seed": 0, "compile": False, "progress": False}
+        result = fit(module, batch, steps=steps, batch_size=rows, validation=False, **options)
         columns = [result.history[n] for n in result.history.columns if n.split(".")[0] == "loss"]
         losses = [sum(values) for values in zip(*columns, strict=True)]
         _agree("fit and a plain torch loop", (losses, _weights(copied)), loop, start)

@@ -205,16 +205,11 @@ def test_families_take_a_context_and_are_not_called(family: type[Program]) -> No
         family(2)(torch.zeros(1, 2))  # type: ignore[misc]
 
 
-def make(objective: type[Objective[Any]]) -> Objective[Any]:
-    """One of each kind; a noise level has no good default for all data."""
-    return objective(0.1) if objective is pg.DenoisingScoreMatching else objective()  # type: ignore[call-arg]
-
-
 @pytest.mark.parametrize("objective", objectives(), ids=lambda t: t.__name__)
 def test_objectives_declare_what_they_are(objective: type[Objective[Any]]) -> None:
     assert objective.needs
     assert objective.loss_is
-    made = make(objective)
+    made = objective()
     assert repr(type(made).from_settings(made.settings())) == repr(made)
     assert isinstance(made, pyro.infer.ELBO)  # SVI looks
 
@@ -298,12 +293,12 @@ def test_wrong_kind_is_a_type_error_that_names_what_works(objective: type[Object
     program = kinds()[kind]
     works = sorted(o.__name__ for o in objectives() if isinstance(program, o.needs))
     if isinstance(program, objective.needs):
-        assert make(objective)(program).program is program
+        assert objective()(program).program is program
         return
     with pytest.raises(
         TypeError, match=re.escape(f"what trains it: {', '.join(works) or 'no objective here'}")
     ) as told:
-        make(objective)(program)
+        objective()(program)
     assert objective.__name__ in str(told.value)
     assert type(program).__name__ in str(told.value)
 
@@ -320,14 +315,14 @@ def test_wrong_kind_is_a_type_error_that_names_what_works(objective: type[Object
 )
 def test_what_is_no_program_is_refused(objective: type[Objective[Any]], given: tuple[Any, ...], said: str) -> None:
     with pytest.raises(TypeError, match=said):
-        make(objective)(*given)
+        objective()(*given)
 
 
 def test_pieces_of_a_program_without_a_density_do_not_get_through() -> None:
     implicit, x = pg.Implicit(sampler, event_shape=3), torch.zeros(4, 3)
     for objective in objectives():
         with pytest.raises(ValueError, match="'z'"):
-            make(objective)(implicit.model, implicit.guide)(x)
+            objective()(implicit.model, implicit.guide)(x)
 
 
 def test_programs_are_not_built_of_programs() -> None:

@@ -159,7 +159,6 @@ def spread_out(x: Tensor, scale: float) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({}, "give sigma="),
     ({"sigma": 0.1, "sigmas": (0.1, 1.0)}, "give sigma="),
     *(({"sigma": value}, "sigma must be positive") for value in (0.0, -1.0, math.inf, math.nan, True, "a")),
     ({"sigmas": (0.1, 0.0)}, "sigmas must be positive"),

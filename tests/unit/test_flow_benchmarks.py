@@ -212,17 +212,25 @@ def record(stage: str, library: str, *rest: Any, **values: Any) -> flow_kl.Recor
 def test_results_resume_and_repeat(tmp_path: Path) -> None:
     results = flow_kl.Results(tmp_path)
     longer = flow_kl.LONGER * 10.0
-    for activation, nats in (("silu", -1.0), ("relu", -0.9)):
-        setting = {"form": "coupling", "mixing": "flip", "activation": activation}
-        key = list(setting.values())
-        results.add(record("search", "ours", *key, longer, configuration=setting, validation=nats))
-        results.add(record("search", "ours", *key, 10.0, configuration=setting, validation=-nats))
-        results.add(record("search", "zuko", *key, longer, configuration=setting, validation=nats))
+    for form, mixing, early, late in (("coupling", "flip", -0.9, -0.8), ("autoregressive", "lu", -1.0, -0.7)):
+        for activation, lead in (("relu", 0.0), ("silu", -0.05)):
+            setting = {"form": form, "mixing": mixing, "activation": activation, "depth": 2}
+            results.add(
+                record("search", "ours", *setting.values(), 10.0, configuration=setting, validation=early + lead)
+            )
+            for depth, gain in ((2, 0.0), (3, 0.1)):
+                deep = setting | {"depth": depth}
+                nats = 5.0 if activation == "silu" else late + gain  # those that are no finalists do not count
+                results.add(record("search", "ours", *deep.values(), longer, configuration=deep, validation=nats))
+    results.add(record("search", "zuko", *setting.values(), longer, configuration=setting, validation=0.0))
     again = flow_kl.Results(tmp_path)
     assert again.records == results.records
-    first, second = flow_kl.ranked("moons", "ours", again, 10.0)  # each budget of the search by itself
-    assert (first["activation"], second["activation"]) == ("silu", "relu")
-    assert flow_kl.chosen("moons", "ours", again, 10.0)["activation"] == "relu"  # by the fits that had more time
+    assert [c["form"] for c in flow_kl.ranked("moons", "ours", again, 10.0)][:2] == ["coupling", "coupling"]
+    finalists = flow_kl.finalists("moons", "ours", again, 10.0)  # the best of each form, at each depth
+    assert {c["form"] for c in finalists} == {"coupling", "autoregressive"}
+    assert {c["activation"] for c in finalists} == {"relu"}
+    chosen = flow_kl.chosen("moons", "ours", again, 10.0)  # by the fits that had more time
+    assert (chosen["form"], chosen["depth"]) == ("autoregressive", 3)
     again.forget(["moons"], ["ours"])
     assert {key[2] for key in flow_kl.Results(tmp_path).records} == {"zuko"}
 
@@ -230,10 +238,11 @@ def test_results_resume_and_repeat(tmp_path: Path) -> None:
 def test_table_says_who_is_ahead(tmp_path: Path) -> None:
     results = flow_kl.Results(tmp_path)
     (tmp_path / "moons").mkdir()
-    setting = {"form": "coupling", "mixing": "lu", "activation": "relu"}
+    setting = {"form": "coupling", "mixing": "lu", "activation": "relu", "depth": 2}
     layout, chosen, longer = setting | {"parameters": 100}, list(setting.values()), flow_kl.LONGER * 10.0
     for library, kl in (("ours", 0.1), ("zuko", 0.2), ("nflows", 0.05)):
-        results.add(record("search", library, *chosen, longer, configuration=setting, validation=-1.0))
+        for seconds in (10.0, longer):
+            results.add(record("search", library, *chosen, seconds, configuration=setting, validation=-1.0))
         for seed in (1, 2):
             value = kl + 0.001 * seed
             numbers = {"kl": value, "kl_error": 0.01, "median": 0.0, "quantile": 1.0, "steps": 10}

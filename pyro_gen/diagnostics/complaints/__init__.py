@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_gen import scopes
-from pyro_gen.base import Nothing, Objective, Program
+from pyro_gen.base import Nothing, Objective, Program, known_objectives
 from pyro_gen.checks import check_count, describe
 from pyro_gen.diagnostics.complaints.complaint import Complaint, name_of_objective
 from pyro_gen.diagnostics.complaints.devices import left_behind
@@ -105,6 +105,9 @@ def check(
             for look in LOOKS:
                 complaints += look(pair)
         complaints = [c for c in complaints if c.concerns(pair.objective)]
+        if program is not None:  # whose kind refuses some losses by itself
+            trains = {o.__name__ for o in known_objectives() if isinstance(program, o.needs)}
+            complaints = [c for c in complaints if not c.objectives or trains.intersection(c.objectives)]
         if isinstance(objective, Objective) and not complaints:
             complaints += _refused(objective, program or pair.model, pair)
         where = pair.x.device if device is None and pair.x is not None else torch.device(device or "cpu")
