@@ -104,6 +104,12 @@ class Draws:
         lost = int(self.diverging.sum())
         if lost:
             text += f", {lost} diverging"
-        if draws >= 4:
-            text += f", worst R-hat {float(self.r_hat.max()):.3f}, least ESS {float(self.ess.min()):.0f}"
+        if draws < 4:
+            return text + ")"
+        still = torch.isnan(self.r_hat)  # coordinates of one value in all draws (a dead pixel)
+        if not bool(still.all()):
+            worst, least = float(self.r_hat[~still].max()), float(self.ess[~still].min())
+            text += f", worst R-hat {worst:.3f}, least ESS {least:.0f}"
+        if bool(still.any()):
+            text += f", {int(still.sum())} of {still.numel()} coordinates never change"
         return text + ")"

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pyro_gen.inference_data import to_inference_data
 from pyro_gen.programs.ebm import EBM
 from pyro_gen.samplers import MALA, Draws, Gibbs, Langevin
 from pyro_gen.statistics import chain_ess, r_hat
+from pyro_gen.targets import Target
 
 try:
     import arviz as az
@@ -171,3 +173,14 @@ def test_options_of_models_are_refused(draws):
 def test_discrete_draws_convert_too():
     draws = Gibbs(4).run(EBM(3, "rbm", "bernoulli", hidden=(2,)), draws=10, warmup=5, seed=0)
     assert to_inference_data(draws)["posterior"]["x"].shape == (4, 10, 3)
+
+
+def test_coordinates_that_never_change_are_counted_not_shown_as_nan():
+    target = Target(lambda x: -x.square().sum(-1) / 2, torch.Size([2]), torch.empty(0))
+    draws = MALA(20, step_size=1.0).run(target, draws=50, warmup=20, start=torch.zeros(2), seed=0)
+    assert "never change" not in repr(draws)
+    x = draws.x.clone()
+    x[..., 1] = 3.0
+    still = repr(replace(draws, x=x))
+    assert "1 of 2 coordinates never change" in still
+    assert "nan" not in still
