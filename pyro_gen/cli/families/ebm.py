@@ -370,7 +370,7 @@ def broad_start(program: Program) -> Any:
     import pyro.distributions as dist
 
     mlp = model.net.mlp
-    loc, scale = (part[: mlp.features].reshape(base.loc.shape) for part in (mlp.loc, mlp.scale))
+    loc, scale = (part[: base.loc.numel()].reshape(base.loc.shape) for part in (mlp.loc, mlp.scale))
     return dist.Normal(loc, 2 * scale).to_event(loc.dim())
 
 
