@@ -142,13 +142,13 @@ def run(name: str, target: str, seed: int, seconds: float, steps: int | None = N
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         begun = time.process_time()
-        seconds *= LONGER if name == TILTED else 1.0
-        objective = make(x, seconds, seed)
+        allowed = seconds * (LONGER if name == TILTED else 1.0)
+        objective = make(x, allowed, seed)
         spent = time.process_time() - begun  # a noise that had to be fitted
         levels = objective.levels if getattr(objective, "condition", None) else None
         base = objective.noise if name == TILTED else "normal"
         ebm = pg.EBM(2, hidden=(128, 128), base=base, context_shape=None if levels is None else 1)
-        taken, used = fit_for(objective(ebm), x, seconds - spent, seed, lr, steps)
+        taken, used = fit_for(objective(ebm), x, allowed - spent, seed, lr, steps)
     ebm = ebm.double()
     kl, finer = (divergence(ebm, target, levels and min(levels), points) for points in POINTS)
     return {"key": [name, target, seed, seconds], "kl": finer, "apart": abs(kl - finer), "steps": taken,
