@@ -5,8 +5,9 @@
     python benchmarks/bars_and_stripes.py --smoke    # seconds: a few steps, one seed
 
 Nine visible and 15 hidden units, the 14 patterns as one batch, Adam with half a cosine to zero. Steps, learning rate,
-sweeps and chains are the same for all seeds; they were found on other seeds (100 to 103), for persistent chains, and
-serve the other objectives too. States are enumerated to score the result, 2^9 of them in float64, and nowhere else.
+sweeps and chains are the same for all seeds; they were found on other seeds (100 to 103), by the exact log-likelihood
+of persistent chains, and serve the other objectives too. States are enumerated to score the result, 2^9 of them in
+float64; training never sees them.
 
 Patterns are three pixels apart or more. Pseudo-likelihood compares a pattern with its neighbours of one pixel only, and
 leaves open how much mass lies farther off; so does CD-1, whose negatives have hardly left the data. CD-10 has come far

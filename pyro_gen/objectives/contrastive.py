@@ -28,7 +28,6 @@ gradient is meant. A constant added to E cancels in it.
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 import pyro.poutine as poutine
@@ -42,14 +41,14 @@ from pyro_gen.base import Objective, ObjectiveModule, Sampler, Unnormalized
 from pyro_gen.checks import check_count, describe
 from pyro_gen.handlers.marginal import marginal_rows
 from pyro_gen.objectives.observed_supports import observing_site, support_of
-from pyro_gen.samplers import HMC, MALA, Gibbs, Langevin
+from pyro_gen.samplers import MALA, Gibbs
 from pyro_gen.samplers.adaptation import first_step_size, nudge
 from pyro_gen.samplers.chains import Chains
+from pyro_gen.samplers.settings import described, rebuilt
 from pyro_gen.targets import Target
 
 __all__ = ["ContrastiveDivergence"]
 
-SAMPLERS: dict[str, Any] = {s.__name__: s for s in (Langevin, MALA, HMC, Gibbs)}
 NUDGE = 0.3  # of log ε for each unit of acceptance, at each call: chains must keep pace with an optimizer
 
 
@@ -376,7 +375,7 @@ class ContrastiveDivergence(Objective[Unnormalized]):
 
     def settings(self) -> dict[str, Any]:
         return {
-            "sampler": None if self.sampler is None else _described(self.sampler),
+            "sampler": None if self.sampler is None else described(self.sampler),
             "steps": self.steps,
             "persistent": self.persistent,
             "chains": self.chains,
@@ -389,18 +388,8 @@ class ContrastiveDivergence(Objective[Unnormalized]):
     def from_settings(cls, settings: dict[str, Any]) -> ContrastiveDivergence:
         """The objective of these settings; of the samplers of the package, by their name."""
         sampler = settings.get("sampler")
-        if isinstance(sampler, dict):
-            sampler = SAMPLERS[sampler["name"]](**{k: v for k, v in sampler.items() if k != "name"})
-        return cls(**{**settings, "sampler": sampler})
+        return cls(**{**settings, "sampler": rebuilt(sampler) if isinstance(sampler, dict) else sampler})
 
     def __repr__(self) -> str:
         shown = super().__repr__()
-        return shown if self.sampler is None else shown.replace(repr(_described(self.sampler)), repr(self.sampler))
-
-
-def _described(sampler: Sampler) -> Any:
-    """A sampler of the package as its name and numbers; any other in words."""
-    if SAMPLERS.get(type(sampler).__name__) is not type(sampler):
-        return repr(sampler)
-    found = {f.name: getattr(sampler, f.name) for f in fields(sampler)}  # type: ignore[arg-type]
-    return {"name": type(sampler).__name__, **{k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}}
+        return shown if self.sampler is None else shown.replace(repr(described(self.sampler)), repr(self.sampler))

@@ -107,8 +107,10 @@ def test_one_device(case: Case, name: str) -> None:
 @in_modes
 def test_traced_steps_are_the_eager_steps(case: Case, name: str, local: bool) -> None:
     module, batch = bind(case, name)
+    if case.name.startswith("flow"):  # in float32 the rounding of 20 steps through splines has grown beyond the judge's
+        module, batch = module.double(), tuple(part.double() for part in batch)  # tolerance, which is 1e-5; here not
     if case.compiles(local):
-        testing.check_traced(module, *batch, steps=15)  # later, rounding has grown too far in flows
+        testing.check_traced(module, *batch, steps=30)
     else:
         assert why_not(prepared(module, batch))
         with pytest.raises(AssertionError, match="enumerated" if case.enumerated else "store"):
