@@ -8,6 +8,7 @@ kind            what it can say                   what stands in for Z
 =============== ================================= ======================================
 `Exact`         ``log_prob(x)``                   nothing: Z = 1 by construction
 `Bounded`       ``lower_bound(x)``, ``sample(n)`` a guide q(z | x): log p(x) ≥ E[log w]
+`Noised`        a score at every noise level      the fixed noising: a bound, and an ODE for log p
 `Unnormalized`  ``log_density(x)`` = log f        left open: the score needs no Z
 `Implicit`      ``sample(n)``                     never written down
 =============== ================================= ======================================
@@ -36,6 +37,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.distributions import ImproperUniform
 from pyro.infer.elbo import ELBOModule
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -155,6 +157,9 @@ class Program(nn.Module):
         ``fit`` calls it with the training rows before its first step; call it before a training loop of your own.
         """
 
+    def conclude(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Set what is found from data with the weights as they ended; ``fit`` calls it with the training rows, last."""
+
     def template(self) -> Tensor:
         """An empty tensor with the device and dtype of the program's parameters, or of torch's defaults."""
         own = self._own_tensor()
@@ -257,6 +262,184 @@ class Bounded(Samples):
         check_count(particles, "particles")
         weights = handlers.log_weight(self.model, self.guide, *self.check(x, context), particles=particles)
         return weights.mean(0)
+
+
+class Schedule(Protocol):
+    r"""How a datum turns into noise, :math:`y_t = \alpha(t)\, u + \sigma(t)\, \varepsilon`, from t = 0 to t = 1.
+
+    Attributes:
+        variance_preserving: whether α² + σ² = 1.
+        ends: the times between which continuous time runs.
+    """
+
+    variance_preserving: bool
+
+    @property
+    def ends(self) -> tuple[float, float]: ...
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    def log_snr(self, t: Tensor) -> Tensor: ...
+
+    def log_snr_rate(self, t: Tensor) -> Tensor: ...
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def time(self, log_snr: Tensor) -> Tensor: ...
+
+    def grid(self, steps: int) -> Tensor: ...
+
+
+class Coefficients(NamedTuple):
+    r"""How a network's output F splits :math:`y = \alpha u + \sigma \varepsilon` into its two halves, linearly.
+
+    :math:`F = \mathrm{network}(\mathrm{scale} \cdot y, \ldots)`, and then :math:`\hat u = a y + b F` with
+    ``data = (a, b)``, and :math:`\hat\varepsilon = c y + d F` with ``noise = (c, d)``. All have the shape of the times.
+    """
+
+    scale: Tensor
+    data: tuple[Tensor, Tensor]
+    noise: tuple[Tensor, Tensor]
+
+
+Output = Callable[[Tensor, Tensor], Tensor]  # (scale · y, level of each row) to F, of the shape of y
+
+
+class Noised(Bounded):
+    r"""A program with a score at every noise level: :math:`x_t = m + s\,(\alpha(t)\, u + \sigma(t)\, \varepsilon)`.
+
+    The latents are the datum's noisier and noisier versions, the guide the fixed noising, and Z is bounded as in any
+    `Bounded` program. Beyond that, one network says at every t what is datum and what is noise, :math:`\hat u` and
+    :math:`\hat\varepsilon`, which is the score of the density at that level,
+    :math:`\nabla \log p_t(x) = -\hat\varepsilon / (s\, \sigma)`, and its velocity,
+    :math:`dx_t/dt = s\,(\alpha' \hat u + \sigma' \hat\varepsilon)`.
+
+    Args:
+        model, guide: the pair, for the bound.
+        event_shape: shape of one datum; context_shape: of what a row is conditioned on, or None.
+        schedule: α(t) and σ(t).
+        denoiser: :math:`E[u \mid y]`, called as ``denoiser(y, t)`` or ``denoiser(y, t, context)`` with t of shape
+            ``(rows,)``; its parameters are the model's. Families with a network of another kind override
+            `coefficients`, `levels` and `output`.
+
+    Attributes:
+        location, scale: m and s, tensors that broadcast to ``event_shape``: a datum is x = m + s u.
+        times: the least and the greatest time at which the network is trained.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any] | None,
+        event_shape: int | tuple[int, ...],
+        context_shape: int | tuple[int, ...] | None = None,
+        *,
+        schedule: Schedule,
+        denoiser: Callable[..., Tensor] | None = None,
+    ) -> None:
+        super().__init__(model, guide, event_shape, context_shape)
+        self.__dict__["schedule"] = schedule  # the model holds them where they have parameters
+        self.__dict__["denoiser"] = denoiser
+
+    @property
+    def schedule(self) -> Schedule:
+        return cast(Schedule, self.__dict__["schedule"])
+
+    @property
+    def location(self) -> Tensor:
+        return self.template().new_zeros(())
+
+    @property
+    def scale(self) -> Tensor:
+        return self.template().new_ones(())
+
+    @property
+    def times(self) -> tuple[float, float]:
+        return self.schedule.ends
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """What makes :math:`\\hat u` and :math:`\\hat\\varepsilon` of the network's output, at times of any shape."""
+        one, alpha, sigma = torch.ones_like(t), self.schedule.alpha(t), self.schedule.sigma(t)
+        return Coefficients(one, (0 * one, one), (1 / sigma, -alpha / sigma))
+
+    def levels(self, t: Tensor) -> Tensor:
+        """What the network is told of the times, of their shape: t itself, or a function of it."""
+        return t
+
+    def training_times(self, u: Tensor) -> Tensor:
+        """Times from numbers that are uniform in [0, 1), of their shape: those that the network is trained at."""
+        first, last = self.times
+        return first + (last - first) * u
+
+    def output(self, context: Tensor | None = None, guidance: float | None = None) -> Output:
+        """The network as a function of (scale · y, level of each row) alone, for loops over many levels.
+
+        Args:
+            context: of each row, for a conditional program; it has been checked.
+            guidance: weight w of classifier-free guidance, :math:`(1 + w) F(y, c) - w F(y)`; None for none.
+
+        Raises:
+            ValueError: for guidance of a program that was not trained without its context too.
+        """
+        if guidance is not None:
+            raise ValueError(f"guidance= needs a program trained without its context too, and {describe(self)} is not")
+        denoiser, given = self.__dict__["denoiser"], () if context is None else (context,)
+        if denoiser is None:
+            raise NotImplementedError(f"{describe(self)} has no denoiser: pass denoiser=, or override output")
+        return lambda y, level: denoiser(y, level, *given)
+
+    def split(self, y: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""What is datum and what is noise in y, in standard units: :math:`\hat u` and :math:`\hat\varepsilon`.
+
+        Args:
+            y: :math:`(x_t - m) / s`, ``(rows, *event_shape)``; t: ``(rows,)``; context: of each row, or None.
+        """
+        c = self.coefficients(t)
+        a, b, d, e, scale = (_over_rows(part, y) for part in (*c.data, *c.noise, c.scale))
+        out = self.output(context)(scale * y, self.levels(t))
+        return a * y + b * out, d * y + e * out
+
+    def denoise(self, x: Tensor, t: Tensor | float, context: Tensor | None = None) -> Tensor:
+        """The mean of the datum given its noised version x at level t: ``(rows, *event_shape)``, in units of x."""
+        y, t, context = self._at_level(x, t, context)
+        return self.location + self.scale * self.split(y, t, context)[0]
+
+    def score(self, x: Tensor, t: Tensor | float, context: Tensor | None = None) -> Tensor:
+        r"""The score :math:`\nabla \log p_t(x)` of the noised data at level t, per unit of x.
+
+        Args:
+            x: ``(rows, *event_shape)``, noised to level t.
+            t: one time for all rows or one for each, ``(rows,)``; in (0, 1].
+            context: of each row, for a conditional program.
+        """
+        y, t, context = self._at_level(x, t, context)
+        noise = self.split(y, t, context)[1]
+        return -noise / (_over_rows(self.schedule.sigma(t), y) * self.scale)
+
+    def velocity(self, x: Tensor, t: Tensor | float, context: Tensor | None = None) -> Tensor:
+        """dx/dt of the probability-flow ODE, in units of x: its solutions have the densities of the noised data."""
+        y, t, context = self._at_level(x, t, context)
+        data, noise = self.split(y, t, context)
+        alpha, sigma = (_over_rows(part, y) for part in self.schedule.derivatives(t))
+        return self.scale * (alpha * data + sigma * noise)
+
+    def _at_level(self, x: Tensor, t: Tensor | float, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, *rest = Program.check(self, x, context)  # noised data need not lie in the support
+        times = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        if times.dim() > 1 or (times.dim() == 1 and len(times) != len(x)):
+            raise ValueError(f"t must be one time, or one for each of {len(x)} rows; got shape {tuple(times.shape)}")
+        last = max(1.0, self.times[1])
+        if is_validation_enabled() and not times.is_meta and not bool(((times > 0) & (times <= last)).all()):
+            given = f"{float(times.min()):g} to {float(times.max()):g}"
+            raise ValueError(f"t must lie in (0, {last:g}], from datum to noise; got {given}")
+        return (x - self.location) / self.scale, times.expand(len(x)), rest[0] if rest else None
+
+
+def _over_rows(value: Tensor, y: Tensor) -> Tensor:
+    """Numbers of rows (or one number) so that they multiply rows."""
+    return value.reshape(*value.shape, *[1] * (y.dim() - 1)) if value.dim() else value
 
 
 class Unnormalized(Program):
@@ -427,6 +610,7 @@ class ObjectiveModule(ELBOModule):
     model: Any  # a module, or any callable
     guide: Any
     objective: Objective[Any]
+    average: float | None = None  # decay of the average of the weights that `fit` takes where it is not told
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any] | None, objective: Objective[Any]) -> None:
         super().__init__(cast(nn.Module, model), cast(nn.Module, guide), objective)
@@ -482,6 +666,11 @@ class ObjectiveModule(ELBOModule):
         """Set what program and loss take from data (a base, the noise of a classifier), once; ``fit`` calls it."""
         if self.program is not None:
             self.program.initialise(x, *rest)
+
+    def conclude(self, x: Tensor, *rest: Any) -> None:
+        """Let the program set what it finds from data at the end; ``fit`` calls it once the weights are the result."""
+        if self.program is not None:
+            self.program.conclude(x, *rest)
 
     def check_structure(self, shape: Structure) -> None:
         """Refuse a pair that this objective cannot train; called by :meth:`prepare`."""
@@ -573,7 +762,7 @@ class Objective(pyro.infer.ELBO, Generic[K]):
                     f"{type(self).__name__}()(...) takes a program, or a model and a guide (callables); got "
                     f"{describe(model)}" + ("" if guide is None else f" and {describe(guide)}")
                 )
-            return self.module_class(model, Nothing() if guide is None else guide, self)
+            return self.module_of(None)(model, Nothing() if guide is None else guide, self)
         if guide is not None:
             raise TypeError("a program brings its own guide: call the objective with the program alone")
         if not isinstance(model, self.needs):
@@ -582,9 +771,13 @@ class Objective(pyro.infer.ELBO, Generic[K]):
                 f"{type(self).__name__} needs a program of kind {' or '.join(k.__name__ for k in self.needs)}, and "
                 f"{describe(model)} is {_kind(model)}; what trains it: {', '.join(others) or 'no objective here'}"
             )
-        module = self.module_class(model.model, model.guide, self)
+        module = self.module_of(model)(model.model, model.guide, self)
         module.__dict__["program"] = model
         return module
+
+    def module_of(self, program: Program | None) -> type[ObjectiveModule]:
+        """The `ObjectiveModule` for this program (None: a bare pair)."""
+        return self.module_class
 
     # Pyro's side: SVI calls these with the pair it holds
     def _module(self, model: Callable[..., Any], guide: Callable[..., Any]) -> ObjectiveModule:
@@ -639,7 +832,7 @@ class Objective(pyro.infer.ELBO, Generic[K]):
 
 
 def _kind(program: Program) -> str:
-    return next(k.__name__ for k in (Exact, Bounded, Unnormalized, Implicit, Program) if isinstance(program, k))
+    return next(k.__name__ for k in (Exact, Noised, Bounded, Unnormalized, Implicit, Program) if isinstance(program, k))
 
 
 def known_objectives(root: type[Any] | None = None) -> list[type[Objective[Any]]]:

@@ -14,14 +14,15 @@ real space onto the support, with the Jacobian of T in it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import Bernoulli, Independent, biject_to, constraints
 
-__all__ = ["Target", "Tempered", "Unconstrained"]
+__all__ = ["BoltzmannTarget", "Target", "Tempered", "Unconstrained"]
 
 
 class Target:
@@ -169,6 +170,46 @@ class Tempered(Target):
 
     def _at(self, x: Tensor) -> Tensor:
         return self.target.log_density_at(x, self.beta)
+
+
+class BoltzmannTarget(Target):
+    r"""The path of a Boltzmann machine, its W grown from 0: :math:`\sum_h e^{b^\top v + c^\top h + \beta v^\top W h}`.
+
+    Every density of the path is a Boltzmann machine again, so block Gibbs leaves it invariant. At β = 0 all units are
+    independent, :math:`v_i \sim Bernoulli(\sigma(b_i))`: that is the base, and its sum is ``log_base_normalizer``.
+
+    Args:
+        net: the energy, a network with what :class:`pyro_gen.nn.RBM` has: ``log_sum``, ``log_uncoupled``, ``sweep``.
+        target: the same density as any other is seen; beta: where on the path.
+        flat: whether the states count one each (a flat base), else they are fair coins.
+    """
+
+    def __init__(self, net: Any, target: Target, beta: Tensor | float = 1.0, *, flat: bool = False) -> None:
+        self.net, self.target, self.beta, self.flat = net, target, beta, flat
+        self.log_coin = 0.0 if flat else -target.event_shape.numel() * math.log(2)  # of one state under fair coins
+        coins = Independent(Bernoulli(logits=net.visible_bias.detach()), 1)
+        rest = target.event_shape, target.template, target.support, coins.log_prob, lambda n: coins.sample((n,))
+        super().__init__(lambda x: self.log_density_at(x, beta), *rest)
+
+    @property
+    def log_base_normalizer(self) -> float:
+        return float(self.net.log_uncoupled().detach()) + self.log_coin
+
+    def log_density_at(self, x: Tensor, beta: Tensor | float) -> Tensor:
+        return self.log_coin + self.net.log_sum(x, beta)
+
+    def increment(self, x: Tensor, before: Tensor | float, after: Tensor | float) -> Tensor:
+        return self.net.log_sum(x, after) - self.net.log_sum(x, before)
+
+    def tempered(self, beta: Tensor | float) -> Target:
+        return BoltzmannTarget(self.net, self.target, beta, flat=self.flat)
+
+    @property
+    def has_sweep(self) -> bool:
+        return True
+
+    def sweep(self, x: Tensor) -> Tensor:
+        return self.net.sweep(x, self.beta)
 
 
 class Unconstrained(Target):

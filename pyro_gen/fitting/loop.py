@@ -44,7 +44,7 @@ def fit(
     lr: float = 1e-3,
     schedule: Literal["cosine"] | Callable[[Optimizer], LRScheduler] | None = None,
     clip_norm: float | None = None,
-    average: float | Literal["tail"] | None = None,
+    average: float | Literal["tail", False] | None = None,
     validation: Any = None,
     validate_every: int | None = None,
     patience: int | None = None,
@@ -69,7 +69,9 @@ def fit(
         schedule: ``"cosine"`` to zero over the run, or a callable from the optimizer to a torch scheduler.
         clip_norm: gradients of a larger norm are scaled down to it.
         average: a decay such as 0.999 for an exponential moving average of the weights, or ``"tail"`` for their mean
-            over the second half of the run; the averaged weights are the result, and are what is validated.
+            over the second half of the run; the averaged weights are the result, and are what is validated. None is
+            what the loss asks for (a decay of .999 for denoising scores and flow matching, nothing for others); False
+            is nothing for any.
         validation: rows held out: a fraction of the data, or data like ``data``. The weights of the evaluation with the
             least validation loss are the result. None is a tenth for score matching and its kin, which run away on the
             rows they are trained on (ten rows or more), and nothing for other losses; False is nothing for any.
@@ -97,6 +99,7 @@ def fit(
     check_numbers(steps, epochs, lr, clip_norm, patience, validate_every, checkpoint_every, seed)
     by_default = validation is None and module.objective.validates and not isinstance(data, DataLoader)
     validation = None if validation is False else HELD_OUT if by_default else validation
+    average = None if average is False else module.average if average is None else average
     if patience is not None and module.objective.loss_is in VALUELESS:
         raise ValueError(
             f"patience= needs a loss that ranks weights, and the value of {type(module.objective).__name__} does not: "
@@ -165,6 +168,7 @@ def fit(
                 run.go(bar, callback, validate_every or max(1, steps // 40), patience, saved, checkpoint_every)
             finally:
                 run.finish()
+            run.conclude()
     finally:
         for sub, flag in training.items():
             sub.training = flag

@@ -26,7 +26,7 @@ from pyro_gen.fitting.checkpoints import Checkpoint, checksum
 from pyro_gen.fitting.interrupts import interrupts_held
 from pyro_gen.fitting.progress import Progress
 from pyro_gen.fitting.results import FitResult, History
-from pyro_gen.scopes import preserved_state
+from pyro_gen.scopes import evaluation_mode, preserved_state
 
 __all__ = ["COMPILE_FROM", "Run"]
 
@@ -322,6 +322,12 @@ class Run:
             self.average.apply()
         for tensor in self.tensors:
             tensor.grad = None
+
+    @torch.no_grad()
+    def conclude(self) -> None:
+        """Let the program set what it finds from the training rows with the weights that are the result."""
+        with evaluation_mode(self.module), pyro.validation_enabled(False):
+            self.module.conclude(*(self.first if self.batches.loader is not None else self.batches.data))
 
     def result(self) -> FitResult:
         spent = 0.0 if self.compiled is None else self.compiled.seconds

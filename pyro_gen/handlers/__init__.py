@@ -26,7 +26,7 @@ from pyro_gen.handlers.densities import (
     with_particles,
 )
 from pyro_gen.handlers.derivatives import laplacian, score
-from pyro_gen.handlers.energies import Factor, energy
+from pyro_gen.handlers.energies import Factor, boltzmann_machine, energy
 from pyro_gen.handlers.marginal import log_density, marginal_rows
 from pyro_gen.handlers.sites import (
     PARTICLE_PLATE,
@@ -55,6 +55,7 @@ __all__ = [
     "Structure",
     "Unobserve",
     "annotations",
+    "boltzmann_machine",
     "check_pair",
     "count_rows",
     "energy",

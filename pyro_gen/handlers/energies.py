@@ -18,7 +18,9 @@ from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-__all__ = ["Factor", "energy"]
+from pyro_gen.handlers.sites import innermost, site_kind
+
+__all__ = ["Factor", "boltzmann_machine", "energy"]
 
 
 class Factor(dist.Unit):  # type: ignore[misc, no-any-unimported, unused-ignore]
@@ -97,3 +99,22 @@ def _rowwise(name: str, e: Any, plates: dict[int, int]) -> Tensor:
         f"energy {name!r} must have one value a row, shape {rows} for the plates around it; its network gave "
         f"{tuple(e.shape)}: " + ("sum over all but the rows" if e.dim() > depth else "keep one value for each row")
     )
+
+
+def boltzmann_machine(sites: dict[str, Any]) -> tuple[Any, bool] | None:
+    """The network of a program that is a Boltzmann machine over binary x and no more, and whether its base is flat.
+
+    None for any other program: there must be one data site, of fair coins or of binary values under a mask, and one
+    energy, whose network knows how to sweep.
+    """
+    kinds = {name: site_kind(site) for name, site in sites.items()}
+    data = [sites[n] for n, kind in kinds.items() if kind == "observed"]
+    factors = [sites[n] for n, kind in kinds.items() if kind == "factor"]
+    if len(data) != 1 or len(factors) != 1 or len(sites) != 2:
+        return None
+    net = (factors[0]["infer"] or {}).get("energy")
+    fn = innermost(data[0]["fn"])
+    if not isinstance(fn, dist.Bernoulli) or not all(hasattr(net, n) for n in ("log_sum", "log_uncoupled", "sweep")):
+        return None
+    flat = data[0]["fn"].log_prob(data[0]["value"]).eq(0).all()
+    return (net, bool(flat)) if bool(flat) or bool(fn.probs.eq(0.5).all()) else None

@@ -4,5 +4,6 @@ from pyro_gen.nn.conv import ConvDecoder, ConvEncoder
 from pyro_gen.nn.energies import RBM, EnergyMLP
 from pyro_gen.nn.masked import MaskedMLP
 from pyro_gen.nn.mlp import MLP
+from pyro_gen.nn.time import TimeMLP
 
-__all__ = ["MLP", "RBM", "ConvDecoder", "ConvEncoder", "EnergyMLP", "MaskedMLP"]
+__all__ = ["MLP", "RBM", "ConvDecoder", "ConvEncoder", "EnergyMLP", "MaskedMLP", "TimeMLP"]

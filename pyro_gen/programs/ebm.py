@@ -18,14 +18,12 @@ Afterwards ``log_normalizer`` estimates Z with an error, and with it log p(x). S
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import pyro
 import torch
-from pyro.distributions import Bernoulli
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -37,7 +35,7 @@ from pyro_gen.distributions.unnormalized import BaseMeasure, support_named
 from pyro_gen.handlers import energy, unmasked
 from pyro_gen.nn import RBM, EnergyMLP
 from pyro_gen.samplers import HMC, Gibbs
-from pyro_gen.targets import Target
+from pyro_gen.targets import BoltzmannTarget, Target
 
 __all__ = ["EBM"]
 
@@ -208,41 +206,6 @@ class EBM(Unnormalized):
         draws = chains.run(self, draws=1, warmup=warmup, start=start, context=context, seed=seed)
         result: Tensor = draws.x[:, -1]
         return result
-
-
-class BoltzmannTarget(Target):
-    r"""The path of a Boltzmann machine, its W grown from 0: :math:`\sum_h e^{b^\top v + c^\top h + \beta v^\top W h}`.
-
-    Every density of the path is a Boltzmann machine again, so block Gibbs leaves it invariant. At β = 0 all units are
-    independent, :math:`v_i \sim Bernoulli(\sigma(b_i))`: that is the base, and its sum is ``log_base_normalizer``.
-    """
-
-    def __init__(self, net: RBM, target: Target, beta: Tensor | float = 1.0, *, flat: bool = False) -> None:
-        self.net, self.target, self.beta, self.flat = net, target, beta, flat
-        self.log_coin = 0.0 if flat else -target.event_shape.numel() * math.log(2)  # of one state under fair coins
-        coins = Bernoulli(logits=net.visible_bias.detach()).to_event(1)
-        rest = target.event_shape, target.template, target.support, coins.log_prob, lambda n: coins.sample((n,))
-        super().__init__(lambda x: self.log_density_at(x, beta), *rest)
-
-    @property
-    def log_base_normalizer(self) -> float:
-        return float(self.net.log_uncoupled().detach()) + self.log_coin
-
-    def log_density_at(self, x: Tensor, beta: Tensor | float) -> Tensor:
-        return self.log_coin + self.net.log_sum(x, beta)
-
-    def increment(self, x: Tensor, before: Tensor | float, after: Tensor | float) -> Tensor:
-        return self.net.log_sum(x, after) - self.net.log_sum(x, before)
-
-    def tempered(self, beta: Tensor | float) -> Target:
-        return BoltzmannTarget(self.net, self.target, beta, flat=self.flat)
-
-    @property
-    def has_sweep(self) -> bool:
-        return True
-
-    def sweep(self, x: Tensor) -> Tensor:
-        return self.net.sweep(x, self.beta)
 
 
 class _Flat(nn.Module):
