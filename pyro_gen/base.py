@@ -46,7 +46,7 @@ from pyro_gen import handlers, scopes
 from pyro_gen.checks import as_shape, check_count, check_rows, describe
 from pyro_gen.densities import Density
 from pyro_gen.handlers import Structure
-from pyro_gen.targets import Target
+from pyro_gen.targets import BoltzmannTarget, Target
 
 EvidenceKind = Literal["exact", "lower bound", "upper bound", "estimate"]
 LossIs = Literal["log-likelihood", "lower bound", "generalized", "gradient only", "game"]
@@ -471,7 +471,8 @@ class Unnormalized(Program):
     def target(self, context: Tensor | None = None) -> Target:
         """The density as samplers and methods of log Z see it, with the weights of now.
 
-        Its base is the distribution at the data site, without a mask around it; its path the geometric one.
+        Its base is the distribution at the data site, without a mask around it; its path the geometric one. That of a
+        Boltzmann machine runs over its hidden units too, and is moved by blocks.
 
         Args:
             context: of a conditional program: one context for all chains, ``context_shape``, or one for each.
@@ -495,7 +496,7 @@ class Unnormalized(Program):
 
         support = constraints.independent(fn.support, len(shape) - fn.support.event_dim)
         can_sample = type(fn).sample is not ImproperUniform.sample
-        return Target(
+        target = Target(
             log_density,
             shape,
             self.template(),
@@ -503,12 +504,26 @@ class Unnormalized(Program):
             log_base if can_sample else None,
             sample_base if can_sample else None,
         )
+        machine = self._machine(rows, *contexts) if support.is_discrete else None
+        return target if machine is None else BoltzmannTarget(machine[0], target, flat=machine[1])
+
+    def _machine(self, rows: int, *contexts: Tensor) -> tuple[Any, bool] | None:
+        """What `handlers.boltzmann_machine` says of the model: found once, as it looks at values."""
+        if "_found_machine" not in self.__dict__:
+            with torch.enable_grad():
+                self.__dict__["_found_machine"] = handlers.boltzmann_machine(self._sites(rows, *contexts)[1])
+        return cast("tuple[Any, bool] | None", self.__dict__["_found_machine"])
+
+    def _sites(self, rows: int, *contexts: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Zeros for so many rows, and the sites of the model run on them."""
+        x = self.template().new_zeros((rows, *self.event_shape))
+        with poutine.block():
+            return x, handlers.sample_sites(poutine.trace(self.model).get_trace(x, *contexts))
 
     def _base(self, rows: int, *contexts: Tensor) -> Any:
         """The distribution at the data site for so many rows, without the mask that makes it flat."""
-        x = self.template().new_zeros((rows, *self.event_shape))
-        with torch.no_grad(), poutine.block():
-            sites = handlers.sample_sites(poutine.trace(self.model).get_trace(x, *contexts))
+        with torch.no_grad():
+            x, sites = self._sites(rows, *contexts)
         observed = {name: s for name, s in sites.items() if handlers.site_kind(s) == "observed"}
         found = [s for s in observed.values() if s["value"] is x] or list(observed.values())
         if len(found) != 1:

@@ -8,7 +8,7 @@ without a word, and tensors that carry derivatives with them pass through it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
@@ -105,16 +105,26 @@ def boltzmann_machine(sites: dict[str, Any]) -> tuple[Any, bool] | None:
     """The network of a program that is a Boltzmann machine over binary x and no more, and whether its base is flat.
 
     None for any other program: there must be one data site, of fair coins or of binary values under a mask, and one
-    energy, whose network knows how to sweep.
+    energy, whose network knows how to sweep. Looks at values, and at what they require gradients for: coins whose
+    chances are trained do not stay fair.
     """
     kinds = {name: site_kind(site) for name, site in sites.items()}
     data = [sites[n] for n, kind in kinds.items() if kind == "observed"]
     factors = [sites[n] for n, kind in kinds.items() if kind == "factor"]
     if len(data) != 1 or len(factors) != 1 or len(sites) != 2:
         return None
-    net = (factors[0]["infer"] or {}).get("energy")
-    fn = innermost(data[0]["fn"])
+    net, outer = (factors[0]["infer"] or {}).get("energy"), data[0]["fn"]
+    fn = innermost(outer)
     if not isinstance(fn, dist.Bernoulli) or not all(hasattr(net, n) for n in ("log_sum", "log_uncoupled", "sweep")):
         return None
-    flat = data[0]["fn"].log_prob(data[0]["value"]).eq(0).all()
-    return (net, bool(flat)) if bool(flat) or bool(fn.probs.eq(0.5).all()) else None
+    flat = any(isinstance(d, dist.MaskedDistribution) and d._mask is False for d in _layers(outer))
+    if not flat and (fn.probs.is_meta or fn.probs.requires_grad or not bool(fn.probs.eq(0.5).all())):
+        return None
+    return net, flat
+
+
+def _layers(fn: Any) -> Iterator[Any]:
+    """A distribution and those it is wrapped around."""
+    while fn is not None:
+        yield fn
+        fn = getattr(fn, "base_dist", None)

@@ -45,7 +45,7 @@ from pyro_gen.samplers import MALA, Gibbs
 from pyro_gen.samplers.adaptation import first_step_size, nudge
 from pyro_gen.samplers.chains import Chains
 from pyro_gen.samplers.settings import described, rebuilt
-from pyro_gen.targets import Target
+from pyro_gen.targets import BoltzmannTarget, Target
 
 __all__ = ["ContrastiveDivergence"]
 
@@ -82,6 +82,7 @@ class ContrastiveDivergenceModule(ObjectiveModule):
         self.register_buffer("chains", None)
         self.register_buffer("step_size", None)
         self.kept = Kept()
+        self.machine: tuple[Any, bool] | None = None  # a bare model that is a Boltzmann machine
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for name in ("chains", "step_size"):  # made at the first call, which may not have been yet
@@ -109,6 +110,10 @@ class ContrastiveDivergenceModule(ObjectiveModule):
         with scopes.forked_generators():
             seed = int(torch.randint(2**31, ()))
         with torch.no_grad(), poutine.block(), scopes.evaluation_mode(self.model), scopes.forked_generators(seed):
+            if self.program is None:
+                with torch.enable_grad():
+                    sites = handlers.sample_sites(poutine.trace(self.model).get_trace(*batch, **kwargs))
+                self.machine = handlers.boltzmann_machine(sites)
             target = self._target(batch, kwargs, shape)
             sampler: Any = self._sampler(target)
             if isinstance(sampler, Chains):
@@ -247,7 +252,7 @@ class ContrastiveDivergenceModule(ObjectiveModule):
             return draws.reshape(-1, *x.shape[1:])[:n]
 
         can_sample = fn is not None and type(fn).sample is not ImproperUniform.sample
-        return Target(
+        target = Target(
             lambda y: self._density(y, batch, kwargs, shape),
             x.shape[1:],
             x.new_empty(0),
@@ -255,6 +260,7 @@ class ContrastiveDivergenceModule(ObjectiveModule):
             None,
             sample_base if can_sample else None,
         )
+        return target if self.machine is None else BoltzmannTarget(self.machine[0], target, flat=self.machine[1])
 
     def _density(self, y: Tensor, batch: tuple[Any, ...], kwargs: dict[str, Any], shape: handlers.Structure) -> Tensor:
         """log f at other data than x, what else is in the batch going along row by row: ``(chains,)``."""

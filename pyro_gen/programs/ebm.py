@@ -167,15 +167,10 @@ class EBM(Unnormalized):
         return unmasked(self.model.base()).expand((rows,))
 
     def target(self, context: Tensor | None = None) -> Target:
-        """The density as samplers and methods of log Z see it; an RBM's path runs over its hidden units too.
-
-        A flat base has no draws to start from.
-        """
+        """The density as samplers and methods of log Z see it; a flat base has no draws to start from."""
         target, base = super().target(context), self.model.base
-        named = base.name if isinstance(base, BaseMeasure) else "given"
-        if isinstance(self.model.net, RBM) and target.support.is_discrete and named != "given":
-            return BoltzmannTarget(self.model.net, target, flat=named is None)
-        return target if named is not None else target.without_base()
+        flat = isinstance(base, BaseMeasure) and base.name is None
+        return target.without_base() if flat and not isinstance(target, BoltzmannTarget) else target
 
     def sample(
         self,

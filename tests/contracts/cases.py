@@ -326,7 +326,7 @@ CASES = [
         "ebm rbm",
         lambda: pg.EBM(4, "rbm", "bernoulli", hidden=(3,)),
         binary(4),
-        objectives=("pseudo",),  # contrastive divergence moves it by blocks, and its bare model one value at a time
+        objectives=("pseudo", "cd", "pcd"),
         scoreless=True,
     ),
     Case(
