@@ -13,9 +13,10 @@ of the 60 s (`flow_speed.py` counts them). Every flow has 3 spline layers (8 bin
 training rows) and the hidden size that brings it nearest to the parameters of an autoregressive flow whose networks
 have two hidden layers of 128. Form (autoregressive, coupling), mixing between layers (reversed order, trained LU
 matrix), activation (ReLU, SiLU) and depth of the networks (2 or 3 hidden layers, at equal parameters) are chosen for
-each library and target by the validation rows: fits of 10 s on seed 0 at depth 2, then of 30 s of the best of each form
-at both depths (coupling layers are ahead early, and overtaken). The learning rate is .003, which an earlier search of
-.001 and .003 chose for every library. Test rows, 100 000, are looked at once for each final fit.
+each library and target by the validation rows: fits of 10 s on seed 0 at depth 2, which settle the activation, then of
+30 s of each form and mixing at both depths (coupling layers and LU matrices are ahead early, and overtaken). The learning
+rate is .003, which an earlier search of .001 and .003 chose for every library. Test rows, 100 000, are looked at once
+for each final fit.
 
 Every fit is a line of `fits.jsonl` in the folder of `--results`; what is there is not run again.
 """
@@ -40,7 +41,7 @@ SIZES = {"train": 50_000, "validation": 10_000, "test": 100_000}
 FORMS, MIXINGS, ACTIVATIONS = ("autoregressive", "coupling"), ("flip", "lu"), ("relu", "silu")
 DEPTHS = (2, 3)
 RATE, BATCH = 3e-3, 512
-LONGER = 3  # of the search: how many times more the best of each form get
+LONGER = 3  # of the search: how many times more each form and mixing get
 NAMES = {"ours": "pyro_gen"}
 Record = dict[str, Any]
 
@@ -104,7 +105,7 @@ def fit(
 
 
 def search(target: str, workers: dict[str, Worker], results: Results, seconds: float, sizes: dict[str, int]) -> None:
-    """Every configuration of a library for ``seconds``, then the best of each form, at each depth, `LONGER` times that.
+    """Every configuration of a library for ``seconds``, then each form and mixing, at each depth, `LONGER` times that.
 
     Libraries take turns.
     """
@@ -121,15 +122,16 @@ def search(target: str, workers: dict[str, Worker], results: Results, seconds: f
     for configuration in configurations():
         for library, worker in workers.items():
             run(library, worker, configuration, seconds)
-    for place in range(len(FORMS) * len(DEPTHS)):
+    for place in range(len(FORMS) * len(MIXINGS) * len(DEPTHS)):
         for library, worker in workers.items():
             run(library, worker, finalists(target, library, results, seconds)[place], LONGER * seconds)
 
 
 def finalists(target: str, library: str, results: Results, seconds: float) -> list[Record]:
-    """The best configuration of each form after ``seconds``, at each depth."""
+    """Each form and mixing with the activation that was best after ``seconds``, at each depth."""
     best = ranked(target, library, results, seconds)
-    leaders = [next((c for c in best if c["form"] == form), best[0]) for form in FORMS]
+    pairs = itertools.product(FORMS, MIXINGS)
+    leaders = [next((c for c in best if (c["form"], c["mixing"]) == pair), best[0]) for pair in pairs]
     return [leader | {"depth": depth} for leader in leaders for depth in DEPTHS]
 
 

@@ -327,7 +327,10 @@ class Noised(Bounded):
     Attributes:
         location, scale: m and s, tensors that broadcast to ``event_shape``: a datum is x = m + s u.
         times: the least and the greatest time at which the network is trained.
+        timesteps: how many these times are, None in continuous time; `training_times` gives each an equal share of u.
     """
+
+    timesteps: int | None = None
 
     def __init__(
         self,
@@ -372,6 +375,10 @@ class Noised(Bounded):
         """Times from numbers that are uniform in [0, 1), of their shape: those that the network is trained at."""
         first, last = self.times
         return first + (last - first) * u
+
+    def dropped(self, context: Tensor) -> Tensor:
+        """The contexts that a training step is to show the network: those given, or others for some of the rows."""
+        return context
 
     def output(self, context: Tensor | None = None, guidance: float | None = None) -> Output:
         """The network as a function of (scale · y, level of each row) alone, for loops over many levels.
@@ -640,9 +647,19 @@ class ObjectiveModule(ELBOModule):
         return cast("Program | None", self.__dict__["program"])
 
     @property
+    def validates(self) -> bool:
+        """Whether ``fit`` holds rows out without being asked: what the objective says, but for some kinds of program."""
+        return self.objective.validates
+
+    @property
     def players(self) -> tuple[nn.Module, ...]:
         """The modules whose parameters each loss of :meth:`losses` trains; one, but for games."""
         return (self,)
+
+    @property
+    def periods(self) -> tuple[int, ...]:
+        """Steps from one move of each player to its next, in ``fit``; 1 where a player moves at every step."""
+        return (1,) * len(self.players)
 
     def prepare(self, *batch: Any, **kwargs: Any) -> Structure:
         """Run the pair once, plainly: creates lazy parameters, checks that the sites match, leaves no trace.

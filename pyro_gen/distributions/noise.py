@@ -15,97 +15,49 @@ name             α, σ                                                         
 ``"karras"``     :math:`\alpha = 1, \sigma = \sigma_{max} t^7`                Karras et al. 2022         not 1
 ``"exploding"``  :math:`\alpha = 1, \sigma` nearly geometric                  Song et al. 2021           not 1
 ``"rectified"``  :math:`\alpha = 1 - t, \sigma = t`                           Lipman et al. 2023         not 1
+`TableSchedule`  a table of :math:`\beta_i`, and nothing else                 the user's own             1
 ================ ============================================================ ========================== ==========
 
 In discrete time a chain visits the levels of a ``grid``: the times :math:`0 = t_0 < t_1 < \dots < t_T` of T steps, at
 which the schedule has the published :math:`\bar\alpha_i` (for ``"linear"`` and ``"cosine"``, whose papers give β_i), or
 :math:`i / T`. At :math:`t_0 = 0` a chain has the datum itself: α = 1 and σ = 0.
+
+**The ends.** At t = 0 exactly, α = 1, σ = 0, λ = ∞, λ' = −∞ and, but for ``"karras"`` and ``"rectified"``, σ' = ∞: what
+divides by σ needs t > 0. ``"learned"`` alone starts at a finite λ, so its σ(0) is small but not 0. At t = 1 exactly the
+``"cosine"``, ``"sigmoid"`` and ``"rectified"`` schedules are pure noise, α = 0, σ = 1, λ = −∞ (and α' = −∞ for the
+sigmoid); the others keep a rest of the datum. `NoiseSchedule.ends` are times between which all is finite. Every formula
+here keeps its relative accuracy towards both ends, in single precision too: differences of nearly equal numbers are
+written as products, so that :math:`\sigma(t)` at t = 1e-6 is good to rounding.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, softplus
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from pyro_gen.checks import check_count, describe
+from pyro_gen.distributions.learned_noise import LearnedSchedule
+from pyro_gen.distributions.noise_schedule import NoiseSchedule, TableSchedule
 
 __all__ = [
     "CosineSchedule",
     "ExplodingSchedule",
     "KarrasSchedule",
+    "LearnedSchedule",
     "LinearSchedule",
     "NoiseSchedule",
     "RectifiedSchedule",
     "ScheduleName",
     "SigmoidSchedule",
+    "TableSchedule",
     "make_schedule",
 ]
 
 ScheduleName = Literal["linear", "cosine", "sigmoid", "learned", "karras", "exploding", "rectified"]
-
-
-class NoiseSchedule(nn.Module):
-    r"""A schedule: α(t), σ(t), λ(t) and their relations; times are tensors of any shape, in [0, 1].
-
-    A subclass gives :meth:`log_snr` and :meth:`time`, and :meth:`alpha`, :meth:`sigma`, :meth:`derivatives` where it
-    does not preserve the variance.
-
-    Attributes:
-        name: its name in ``Diffusion(schedule=...)``.
-        variance_preserving: whether α² + σ² = 1.
-        ratios: the least and the greatest σ/α of continuous time: `ends` are their times.
-    """
-
-    name: str
-    variance_preserving: bool = True
-    ratios: tuple[float, float] = (1e-3, 1e3)
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        """λ(t) = log α²/σ², of the shape of t."""
-        raise NotImplementedError
-
-    def time(self, log_snr: Tensor) -> Tensor:
-        """The time at which λ is reached, the inverse of :meth:`log_snr`."""
-        raise NotImplementedError
-
-    def alpha(self, t: Tensor) -> Tensor:
-        """α(t), the factor of the datum."""
-        return (logsigmoid(self.log_snr(t)) / 2).exp()
-
-    def sigma(self, t: Tensor) -> Tensor:
-        """σ(t), the standard deviation of the noise."""
-        return (logsigmoid(-self.log_snr(t)) / 2).exp()
-
-    def log_snr_rate(self, t: Tensor) -> Tensor:
-        """λ'(t), which is negative."""
-        with torch.enable_grad():
-            at = t.detach().requires_grad_()
-            (rate,) = torch.autograd.grad(self.log_snr(at).sum(), at, create_graph=torch.is_grad_enabled())
-        return rate
-
-    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        r"""α'(t) and σ'(t): :math:`\alpha' = \tfrac12 \alpha \sigma^2 \lambda'`, :math:`\sigma' = -\tfrac12 \sigma
-        \alpha^2 \lambda'` where α² + σ² = 1."""
-        alpha, sigma, rate = self.alpha(t), self.sigma(t), self.log_snr_rate(t)
-        return alpha * sigma.square() * rate / 2, -sigma * alpha.square() * rate / 2
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The times between which continuous time runs: where σ/α has its `ratios`, 1 at most."""
-        least, greatest = (-2 * torch.tensor(self.ratios, dtype=torch.float64).log()).unbind()
-        with torch.no_grad():
-            return float(self.time(least)), min(1.0, float(self.time(greatest)))
-
-    def grid(self, steps: int) -> Tensor:
-        """Times of a chain of T steps, ``(steps + 1,)`` in float64, from 0 upwards."""
-        return torch.arange(check_count(steps, "timesteps") + 1, dtype=torch.float64) / steps
-
-    def extra_repr(self) -> str:
-        return f"{self.name!r}"
 
 
 class _Discretised(NoiseSchedule):
@@ -124,7 +76,8 @@ class _Discretised(NoiseSchedule):
 class LinearSchedule(_Discretised):
     r"""β rises linearly, :math:`\alpha^2 = \exp(-\beta_0 t - (\beta_1 - \beta_0) t^2 / 2)`.
 
-    In T steps β runs from 1e-4 to .02 times 1000 / T, .999 at most.
+    In T steps β runs from 1e-4 to .02 times 1000 / T, .999 at most. Steps of finite size take out more signal than
+    continuous time does, so the last of them end a little after t = 1 (1.003 for T = 1000, 1.03 for T = 100).
 
     References:
         J. Ho, A. Jain, P. Abbeel, "Denoising diffusion probabilistic models", 2020, arXiv:2006.11239, section 4;
@@ -141,11 +94,21 @@ class LinearSchedule(_Discretised):
     def log_snr(self, t: Tensor) -> Tensor:
         return -torch.log(torch.expm1(self._integral(t)))
 
+    def alpha(self, t: Tensor) -> Tensor:
+        return (self._integral(t) / -2).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(-self._integral(t))).sqrt()
+
     def log_snr_rate(self, t: Tensor) -> Tensor:
         return (self.first + (self.last - self.first) * t) / torch.expm1(-self._integral(t))
 
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, beta = self.alpha(t), self.first + (self.last - self.first) * t
+        return -beta * alpha / 2, beta * alpha.square() / (2 * self.sigma(t))
+
     def time(self, log_snr: Tensor) -> Tensor:
-        integral = softplus(-log_snr)
+        integral = -logsigmoid(log_snr)
         return 2 * integral / (self.first + (self.first**2 + 2 * (self.last - self.first) * integral).sqrt())
 
     def betas(self, steps: int) -> Tensor:
@@ -155,7 +118,8 @@ class LinearSchedule(_Discretised):
 class CosineSchedule(_Discretised):
     r"""A quarter of a cosine, :math:`\alpha = \cos a_t / \cos a_0` with :math:`a_t = \frac\pi2 \frac{t + s}{1 + s}`.
 
-    In T steps β is .999 at most.
+    With :math:`a_t = a_0 + kt` the noise is :math:`\sigma^2 \cos^2 a_0 = \sin(kt) \sin(kt + 2 a_0)`, and the signal
+    :math:`\cos a_t = \sin(k (1 - t))`: no digits are lost at either end. In T steps β is .999 at most.
 
     References:
         A. Nichol, P. Dhariwal, "Improved denoising diffusion probabilistic models", 2021, arXiv:2102.09672, eq. 17,
@@ -165,32 +129,47 @@ class CosineSchedule(_Discretised):
     name = "cosine"
     offset = 0.008
 
-    def _angle(self, t: Tensor | float) -> Any:
-        return math.pi / 2 * (t + self.offset) / (1 + self.offset)
+    @property
+    def _speed(self) -> float:
+        return math.pi / 2 / (1 + self.offset)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        angle, start = self._angle(t), self._angle(0.0)  # cos² a_0 − cos² a = sin(a − a_0) sin(a + a_0)
-        return 2 * angle.cos().log() - torch.log((angle - start).sin() * (angle + start).sin())
+        turned, start = self._speed * t, self._speed * self.offset
+        noise = turned.sin() * (turned + 2 * start).sin()
+        return 2 * (self._speed * (1 - t)).sin().log() - noise.log()
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (self._speed * (1 - t)).sin() / math.cos(self._speed * self.offset)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        turned, start = self._speed * t, self._speed * self.offset
+        return (turned.sin() * (turned + 2 * start).sin()).sqrt() / math.cos(start)
 
     def log_snr_rate(self, t: Tensor) -> Tensor:
-        angle, start = self._angle(t), self._angle(0.0)
-        slope = angle.tan() * 2 + 1 / (angle - start).tan() + 1 / (angle + start).tan()
-        return -slope * math.pi / 2 / (1 + self.offset)
+        turned, start = self._speed * t, self._speed * self.offset
+        slope = 2 / (self._speed * (1 - t)).tan() + 1 / turned.tan() + 1 / (turned + 2 * start).tan()
+        return -self._speed * slope
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        d_alpha = -self._speed * (self._speed * (1 - t)).cos() / math.cos(self._speed * self.offset)
+        return d_alpha, -self.alpha(t) * d_alpha / self.sigma(t)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        signal, noise = log_snr.sigmoid(), (-log_snr).sigmoid()
-        start = self._angle(0.0)
-        angle = torch.atan2((noise + signal * math.sin(start) ** 2).sqrt(), signal.sqrt() * math.cos(start))
-        return angle * 2 / math.pi * (1 + self.offset) - self.offset
+        signal, noise, start = log_snr.sigmoid(), (-log_snr).sigmoid(), self._speed * self.offset
+        cos, sin = signal.sqrt() * math.cos(start), (noise + signal * math.sin(start) ** 2).sqrt()  # of a_t
+        sin_turned = noise * math.cos(start) ** 2 / (sin * math.cos(start) + cos * math.sin(start))
+        return torch.atan2(sin_turned, cos * math.cos(start) + sin * math.sin(start)) / self._speed
 
     def betas(self, steps: int) -> Tensor:
-        angles = self._angle(torch.arange(steps + 1, dtype=torch.float64) / steps)
-        signal = angles.cos().square()
+        signal = self.alpha(torch.arange(steps + 1, dtype=torch.float64) / steps).square()
         return (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
 
 
 class SigmoidSchedule(NoiseSchedule):
     r"""α² falls like a sigmoid from 3 to −3, moved and scaled to go from 1 to 0.
+
+    With h = 3 and the sigmoid s, :math:`\alpha^2 = \frac{s(h - 2ht) - s(-h)}{s(h) - s(-h)}`, whose differences are
+    products: :math:`\alpha^2 : \sigma^2 = \sinh(h(1 - t)) : \sinh(ht)`.
 
     References:
         A. Jabri, D. Fleet, T. Chen, "Scalable adaptive computation for iterative generation", 2023, arXiv:2212.11972,
@@ -198,19 +177,34 @@ class SigmoidSchedule(NoiseSchedule):
     """
 
     name = "sigmoid"
-    start, end = -3.0, 3.0
+    reach = 3.0
+
+    def _shares(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return (self.reach * (1 - t)).sinh(), (self.reach * t).sinh()
 
     def log_snr(self, t: Tensor) -> Tensor:
-        at = self.start + t * (self.end - self.start)
-        top, bottom = (torch.as_tensor(-v, dtype=t.dtype, device=t.device).sigmoid() for v in (self.start, self.end))
-        return torch.log((-at).sigmoid() - bottom) - torch.log(top - (-at).sigmoid())
+        signal, noise = self._shares(t)
+        return signal.log() - noise.log()
+
+    def alpha(self, t: Tensor) -> Tensor:
+        signal, noise = self._shares(t)
+        return (signal / (signal + noise)).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        signal, noise = self._shares(t)
+        return (noise / (signal + noise)).sqrt()
+
+    def log_snr_rate(self, t: Tensor) -> Tensor:
+        signal, noise = self._shares(t)
+        return -self.reach * math.sinh(self.reach) / (signal * noise)
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        signal, noise = self._shares(t)
+        half_slope = self.reach * math.sinh(self.reach) / (2 * (signal + noise).square())  # −(α²)' / 2
+        return -half_slope / self.alpha(t), half_slope / self.sigma(t)
 
     def time(self, log_snr: Tensor) -> Tensor:
-        top, bottom = (
-            torch.as_tensor(-v, dtype=log_snr.dtype, device=log_snr.device).sigmoid() for v in (self.start, self.end)
-        )
-        at = -torch.logit(bottom + log_snr.sigmoid() * (top - bottom))
-        return (at - self.start) / (self.end - self.start)
+        return torch.atanh(math.sinh(self.reach) / (log_snr.exp() + math.cosh(self.reach))) / self.reach
 
 
 class _SignalKept(NoiseSchedule):
@@ -224,8 +218,8 @@ class _SignalKept(NoiseSchedule):
     def log_snr(self, t: Tensor) -> Tensor:
         return -2 * self.sigma(t).log()
 
-    def log_snr_rate(self, t: Tensor) -> Tensor:
-        return -2 * self.derivatives(t)[1] / self.sigma(t)
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), -self.sigma(t) * self.log_snr_rate(t) / 2
 
 
 class KarrasSchedule(_SignalKept):
@@ -248,6 +242,12 @@ class KarrasSchedule(_SignalKept):
 
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(t), self.greatest * self.rho * t ** (self.rho - 1)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * (math.log(self.greatest) + self.rho * t.log())
+
+    def log_snr_rate(self, t: Tensor) -> Tensor:
+        return -2 * self.rho / t
 
     def time(self, log_snr: Tensor) -> Tensor:
         return ((-log_snr / 2 - math.log(self.greatest)) / self.rho).exp()
@@ -279,9 +279,12 @@ class ExplodingSchedule(_SignalKept):
     def sigma(self, t: Tensor) -> Tensor:
         return self.least * torch.expm1(2 * t * self._log_ratio).sqrt()
 
+    def log_snr_rate(self, t: Tensor) -> Tensor:
+        return 2 * self._log_ratio / torch.expm1(-2 * t * self._log_ratio)
+
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
         grown = (2 * t * self._log_ratio).exp()
-        return torch.zeros_like(t), self.least * self._log_ratio * grown / torch.expm1(2 * t * self._log_ratio).sqrt()
+        return torch.zeros_like(t), self.least**2 * self._log_ratio * grown / self.sigma(t)
 
     def time(self, log_snr: Tensor) -> Tensor:
         return torch.log1p((-log_snr).exp() / self.least**2) / (2 * self._log_ratio)
@@ -324,6 +327,7 @@ SCHEDULES: dict[str, type[NoiseSchedule]] = {
         LinearSchedule,
         CosineSchedule,
         SigmoidSchedule,
+        LearnedSchedule,
         KarrasSchedule,
         ExplodingSchedule,
         RectifiedSchedule,

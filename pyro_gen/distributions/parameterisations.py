@@ -31,7 +31,7 @@ from torch import Tensor
 from pyro_gen.base import Coefficients, Schedule
 from pyro_gen.checks import describe
 
-__all__ = ["Prediction", "check_prediction", "coefficients_of"]
+__all__ = ["Prediction", "check_prediction", "coefficients_of", "linear_answer", "target_of"]
 
 Prediction = Literal["epsilon", "x0", "v", "score", "velocity", "edm"]
 
@@ -81,3 +81,59 @@ def coefficients_of(prediction: Prediction, schedule: Schedule, t: Tensor, *, sc
         data = (alpha / norm.square(), sigma / norm)
         noise = (sigma / norm.square(), -alpha / norm)
     return Coefficients(1 / norm if scaled else one, data, noise)
+
+
+def target_of(prediction: Prediction, schedule: Schedule, t: Tensor, u: Tensor, eps: Tensor) -> Tensor:
+    r"""What F is to be for a datum u under noise ε: what `coefficients_of` turns back into both.
+
+    Args:
+        prediction: what F is. schedule: of the noise.
+        t: times, ``(rows,)``; u, eps: datum and noise in standard units, ``(rows, *event_shape)``.
+
+    Returns:
+        Tensor of the shape of u.
+
+    Example:
+        >>> import torch
+        >>> from pyro_gen.distributions.noise import make_schedule
+        >>> u, eps, t = torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([0.0, 1.0])
+        >>> target_of("v", make_schedule("cosine"), t, u, eps)[:, 0]  # α ε − σ u
+        tensor([1., 0.])
+    """
+    check_prediction(prediction, schedule)
+
+    def rows(value: Tensor) -> Tensor:
+        return value.reshape(*value.shape, *[1] * (u.dim() - value.dim()))
+
+    if prediction == "epsilon":
+        return eps
+    if prediction == "x0":
+        return u
+    if prediction == "velocity":
+        d_alpha, d_sigma = schedule.derivatives(t)
+        return rows(d_alpha) * u + rows(d_sigma) * eps
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    if prediction == "score":
+        return -eps / rows(sigma)
+    if prediction == "v":
+        return rows(alpha) * eps - rows(sigma) * u
+    norm = (alpha.square() + sigma.square()).sqrt()
+    return rows(sigma / norm) * u - rows(alpha / norm) * eps
+
+
+def linear_answer(prediction: Prediction, schedule: Schedule) -> tuple[float, float] | None:
+    r"""What F is for standard normal data: (p, q) of :math:`F = (p\, \bar\sigma + q\, \bar\alpha)\, \bar y`.
+
+    With y scaled to variance 1, :math:`\bar y = y/r` and :math:`\bar\sigma = \sigma/r, \bar\alpha = \alpha/r`: the
+    ``linear`` of a gated network (`pyro_gen.nn.time.LevelGate`). None where F has no such form and does not vanish
+    beside it at both ends, so that the network is to go without a gate: for the score, and for the velocity of a
+    schedule that is no straight line.
+    """
+    check_prediction(prediction, schedule)
+    if prediction == "velocity":
+        times = torch.tensor([0.25, 0.75], dtype=torch.float64, device="cpu")
+        straight = bool(
+            torch.allclose(schedule.alpha(times), 1 - times) and torch.allclose(schedule.sigma(times), times)
+        )
+        return (1.0, -1.0) if straight else None
+    return {"epsilon": (1.0, 0.0), "x0": (0.0, 1.0), "v": (0.0, 0.0), "edm": (0.0, 0.0)}.get(prediction)

@@ -196,6 +196,7 @@ def _require_weights(shape: handlers.Structure) -> None:
             f"latent site {', '.join(map(repr, missing))} of the model is not in the guide, which draws what is "
             "weighed: add it there"
         )
+    shape.require_weights("ImportanceSampling")
     handlers.require_local(shape, "ImportanceSampling")
 
 

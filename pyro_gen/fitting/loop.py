@@ -97,7 +97,7 @@ def fit(
         hint = ": bind it to an objective first, pg.ELBO()(program)" if isinstance(module, Program) else ""
         raise TypeError(f"fit takes an objective bound to a program, pg.ELBO()(program), got {describe(module)}{hint}")
     check_numbers(steps, epochs, lr, clip_norm, patience, validate_every, checkpoint_every, seed)
-    by_default = validation is None and module.objective.validates and not isinstance(data, DataLoader)
+    by_default = validation is None and module.validates and not isinstance(data, DataLoader)
     validation = None if validation is False else HELD_OUT if by_default else validation
     average = None if average is False else module.average if average is None else average
     if patience is not None and module.objective.loss_is in VALUELESS:

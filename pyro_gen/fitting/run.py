@@ -121,8 +121,10 @@ class Run:
             raise ValueError(f"optimizer has {len(factories)} entries for {len(players)} players")
         self.optimizers = [make_optimizer(f, p, lr) for f, p in zip(factories, players, strict=True)]
         self.schedulers = [make_scheduler(schedule, o, self.steps) for o in self.optimizers] if schedule else []
-        if average is not None:
-            self.average = Average(self.tensors, average, self.steps // 2)
+        self.periods = module.periods
+        if average is not None:  # in a game of the first player, the model's: the critic is to be that of now
+            averaged = players[0] if module.objective.loss_is == "game" else self.tensors
+            self.average = Average(averaged, average, self.steps // 2)
         self.good_step, self.good = 0, [t.detach().clone() for t in (*self.tensors, *self.buffers)]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -164,8 +166,9 @@ class Run:
                 if self.clip_norm is not None and norm > self.clip_norm:
                     torch._foreach_mul_([t.grad for t in self.tensors if t.grad is not None], self.clip_norm / norm)
                 lr = self.optimizers[0].param_groups[0]["lr"]
-                for player in self.optimizers:
-                    player.step()
+                for player, period in zip(self.optimizers, self.periods, strict=True):
+                    if self.step % period == 0:
+                        player.step()
                 for scheduler in self.schedulers:
                     scheduler.step()
                 self.step += 1

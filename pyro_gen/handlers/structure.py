@@ -44,6 +44,8 @@ class Structure:
         enumerated: names of the sites that ask for enumeration (``infer={"enumerate": "parallel"}``).
         reparameterized: True if every guide site is drawn by the reparameterization trick.
         drawn_stepwise: guide sites whose draws are made feature by feature.
+        in_expectation: factors of the model whose mean over draws is meant (``infer={"in_expectation": True}``), a
+            bound among them: no draw of theirs is the weight of a draw.
     """
 
     rows: int
@@ -57,6 +59,7 @@ class Structure:
     enumerated: tuple[str, ...]
     reparameterized: bool
     drawn_stepwise: tuple[str, ...] = ()
+    in_expectation: tuple[str, ...] = ()
 
     def require_data_plate(self, purpose: str) -> str:
         """The data plate's name; a ``ValueError`` that names ``purpose`` where there is none."""
@@ -66,6 +69,16 @@ class Structure:
                 'put the sites of a row inside `with pyro.plate("data", x.shape[0]):`'
             )
         return self.data_plate
+
+    def require_weights(self, purpose: str) -> None:
+        """Raise a ``ValueError`` that names ``purpose`` where a factor of the program holds in expectation only."""
+        if self.in_expectation:
+            raise ValueError(
+                f"{purpose} needs the weight of each draw, and the factor {', '.join(map(repr, self.in_expectation))} "
+                "of this program holds in expectation only: the logarithm of a mean of its exponentials is no bound "
+                "on log p(x). Use the program whose draws have weights: of a diffusion its chain of sample sites, "
+                "diffusion.chain(timesteps)"
+            )
 
 
 def structure(
@@ -98,6 +111,7 @@ def structure(
         enumerated=tuple(n for n, s in {**p, **q}.items() if (s["infer"] or {}).get("enumerate")),
         reparameterized=all(s["fn"].has_rsample for s in q.values() if not s["is_observed"]),
         drawn_stepwise=tuple(n for n, s in q.items() if getattr(innermost(s["fn"]), "stepwise", None) == "rsample"),
+        in_expectation=tuple(n for n, s in p.items() if (s["infer"] or {}).get("in_expectation")),
     )
     tensors: list[Tensor] = []
     for site in params.trace.nodes.values():

@@ -15,6 +15,7 @@ sample_stats       ``lp`` (log joint), ``log_q``, ``log_weight``; of MCMC ``dive
                    f), ``acceptance_rate``, ``diverging``, ``step_size``, ``ess`` of each chain
 log_likelihood     of each observed entry at each draw, event dims summed; attribute ``likelihood_kind``
 log_evidence       log p(x) of each row at a point estimate; attribute ``kind``: exact, estimate or a bound
+noise_levels       of a diffusion: terms of its bound by the time and log SNR of each step, means over rows
 log_prior          of each latent
 fit                of a guide ELBO and k̂, of a fit its history
 ================== =============================================================================================

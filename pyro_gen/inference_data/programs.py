@@ -8,7 +8,7 @@ The weights are a point estimate, so ``posterior`` (scalar parameters, if any) h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from pyro_gen import handlers
-from pyro_gen.base import Bounded, EvidenceMethod, Exact, Program, Unnormalized
+from pyro_gen.base import Bounded, Evidence, EvidenceMethod, Exact, Noised, Program, Unnormalized
 from pyro_gen.evidence import ImportanceSampling, log_evidence
 from pyro_gen.fitting import FitResult
 from pyro_gen.handlers import Site
 from pyro_gen.inference_data.containers import REASON
 from pyro_gen.inference_data.draws import Call, Draws, draw_guide, evaluate
 from pyro_gen.inference_data.groups import Chains, Model, Parts, predictive_group
+from pyro_gen.inference_data.noise_levels import DRAWS, bound_of_rows
 from pyro_gen.inference_data.variables import SAMPLE_DIMS, Axes, Variable, axes_of, to_array
+from pyro_gen.programs import Diffusion
 
 __all__ = ["add_history", "has_global_latents", "program_groups"]
 
@@ -50,13 +52,17 @@ def program_groups(
     max_rows: int,
     importance: EvidenceMethod | int | None,
     predictive: bool,
+    latents: bool = True,
 ) -> Parts:
     """Groups of a program: latent, latent_stats, log_evidence or energy, posterior, observed_data, constant_data.
+
+    A program with a factor that holds in expectation (a diffusion in collapsed form) draws noise, no latents.
 
     Args:
         batch: the rows, all of which are scored; the first ``max_rows`` of them get draws of their latents.
         importance: how the evidence is had; an int is a number of draws of the guide of a `Bounded` program, None
             leaves it out. An `Unnormalized` one takes a method that estimates log Z.
+        latents: False leaves their draws out.
     """
     count, parts = len(batch[0]), Parts()
     parts.attrs[""][REASON] = FITTED
@@ -64,12 +70,15 @@ def program_groups(
     call = Call(program.model, program.guide, few)
     parts.add("posterior", _scalar_parameters(program))
     with call.quiet():
-        latents: Mapping[str, Tensor] = {}
-        drawn = None
+        values: Mapping[str, Tensor] = {}
+        drawn, weighted = None, True
         if isinstance(program, Bounded) and not isinstance(program, Exact):
-            drawn = draw_guide(call, draws)
-            latents = drawn.latents
-        said = evaluate(call, latents)
+            shape, _ = handlers.structure(program.model, program.guide, *(part[:2] for part in batch))
+            weighted = not shape.in_expectation
+            latents = latents and weighted
+            drawn = draw_guide(call, draws if latents else 1)
+            values = drawn.latents
+        said = evaluate(call, values)
         model = Model(said.sites, said.kinds)
         plate = handlers.find_data_plate(said.sites.values(), len(few[0]))
         if plate is None:
@@ -78,13 +87,17 @@ def program_groups(
             )
         data = plate.name
         first = {data: (np.arange(len(few[0])), count)}
-        if drawn is not None:
+        if drawn is not None and latents:
             weight = _rows(said.log_prob, model.axes, data) - _rows(drawn.log_prob, _axes(drawn.sites), data)
             about = {"rows": len(few[0]), "rows_given": count, "draws": len(weight)}
-            parts.add("latent", _cut(model.values({n: v.unsqueeze(0) for n, v in latents.items()}), first), **about)
-            parts.add("latent_stats", _cut(_latent_stats(drawn, model, weight, data), first), **about)
+            parts.add("latent", _cut(model.values({n: v.unsqueeze(0) for n, v in values.items()}), first), **about)
+            parts.add(
+                "latent_stats",
+                _cut(_latent_stats(drawn, model, weight, data, not isinstance(program, Noised)), first),
+                **about,
+            )
         if predictive:
-            chains = Chains(call, {n: v.unsqueeze(0) for n, v in latents.items()}, (1, _count(latents)), call.quiet)
+            chains = Chains(call, {n: v.unsqueeze(0) for n, v in values.items()}, (1, _count(values)), call.quiet)
             parts.add("posterior_predictive", _cut(predictive_group([chains]), first))
         observed = model.observed()
         for name, variable in _cut(observed, first).items():
@@ -99,10 +112,30 @@ def program_groups(
     site = next(
         (n for n in observed if n in model.sites and model.sites[n]["value"] is few[0]), next(iter(observed), "x")
     )
+    if isinstance(program, Bounded) and importance is not None and (isinstance(program, Diffusion) or not weighted):
+        bound = bound_of_rows(parts, program, batch)
+        if isinstance(importance, int) and not weighted:
+            importance = _Bound(bound)
     if isinstance(importance, int):  # what does not broadcast over draws is scored in another way
         importance = ImportanceSampling(importance, vectorize_particles=said.method == "plate")
     _score_rows(parts, program, batch, importance, site, data)
     return parts
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """The bound of each row, where draws have no weights, and nothing better was asked for."""
+
+    bound: Evidence
+
+    def log_evidence(self, program: Program, x: Tensor, context: Tensor | None = None) -> Evidence:
+        return self.bound
+
+    def __repr__(self) -> str:
+        return f"lower_bound at {DRAWS} draws of the noise"
+
+
+LIKELIHOODS = {"_Bound": "elbo", "ProbabilityFlow": "pf_ode"}
 
 
 def _count(latents: Mapping[str, Tensor]) -> int:
@@ -133,15 +166,18 @@ def _cut(variables: Mapping[str, Variable], first: Mapping[str, tuple[Any, int]]
     }
 
 
-def _latent_stats(drawn: Draws, model: Model, weight: Tensor, data: str) -> dict[str, Variable]:
+def _latent_stats(drawn: Draws, model: Model, weight: Tensor, data: str, closed: bool) -> dict[str, Variable]:
+    """Moments of the guide's latents, closed forms where they are not those of one step of a chain given the last."""
     stats: dict[str, Variable] = {}
     for name, values in drawn.latents.items():
         if not values.is_floating_point():
             continue
         fn = drawn.sites[name]["fn"]
         try:
+            if not closed:
+                raise NotImplementedError
             mean, sd, source = fn.mean, fn.variance.sqrt(), "guide"
-        except NotImplementedError:  # a flow: no closed form
+        except NotImplementedError:  # a flow, a chain: no closed form
             mean, sd, source = values.mean(0), values.std(0), "draws"
         for what, value in (("mean", mean), ("sd", sd)):
             stats[f"{name}_{what}"] = replace(model.axes[name].variable(value), attrs={"of": source})
@@ -180,7 +216,8 @@ def _score_rows(
         if open_z is not None:
             attrs |= {"likelihood_kind": "normalized", "method": repr(method), "shared_error": evidence.shared_error}
         elif not isinstance(program, Exact):
-            attrs |= {"likelihood_kind": "marginal_iwae", "method": repr(method)}
+            kind = LIKELIHOODS.get(type(method).__name__, "marginal_iwae")
+            attrs |= {"likelihood_kind": kind, "method": repr(method)}
             attrs |= {"n_importance": getattr(method, "num_samples", None)}
         if mean.standard_error is not None:
             attrs["mc_se"] = float(mean.standard_error)

@@ -56,6 +56,7 @@ def to_inference_data(
     prior: int = 0,
     importance: EvidenceMethod | int | None = 1000,
     max_rows: int = 100,
+    latents: bool = True,
 ) -> Any:
     r"""Convert a result of inference for ArviZ: an ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (1.x).
 
@@ -74,8 +75,10 @@ def to_inference_data(
         predictive: also draw data at each draw, group ``posterior_predictive``.
         prior: also draw that often from the model, groups ``prior`` and ``prior_predictive``.
         importance: of programs: draws for the evidence of each row, or a method of evidence (of unnormalised programs
-            one of log Z, as ``pg.AnnealedImportanceSampling()``); None leaves it out.
+            one of log Z, as ``pg.AnnealedImportanceSampling()``); None leaves it out. A diffusion in collapsed form has
+            no weights: its bound is taken at 4 draws of the noise, unless a method is given.
         max_rows: of programs: rows that get draws of their latents, the first ones; all rows get their evidence.
+        latents: of programs: False leaves those draws out, which of a diffusion's chain are a whole path each.
 
     Returns:
         The groups that the module's page lists. Plates are dims; ``infer={"event_dims": [...]}`` of a site names its
@@ -133,6 +136,7 @@ def to_inference_data(
                     max_rows=max_rows,
                     importance=importance,
                     predictive=predictive,
+                    latents=latents,
                 )
                 parts.attrs[""] |= {"family": type(program).__name__, "inference_view": "frequentist"}
                 parts.attrs[""] |= _device_of(program.template())

@@ -5,5 +5,6 @@ from pyro_gen.nn.energies import RBM, EnergyMLP
 from pyro_gen.nn.masked import MaskedMLP
 from pyro_gen.nn.mlp import MLP
 from pyro_gen.nn.time import TimeMLP
+from pyro_gen.nn.unet import ConvTime
 
-__all__ = ["MLP", "RBM", "ConvDecoder", "ConvEncoder", "EnergyMLP", "MaskedMLP", "TimeMLP"]
+__all__ = ["MLP", "RBM", "ConvDecoder", "ConvEncoder", "ConvTime", "EnergyMLP", "MaskedMLP", "TimeMLP"]

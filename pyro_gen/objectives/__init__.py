@@ -3,6 +3,7 @@
 from pyro_gen.objectives.contrastive import ContrastiveDivergence
 from pyro_gen.objectives.denoising import DenoisingScoreMatching
 from pyro_gen.objectives.elbo import ELBO
+from pyro_gen.objectives.flow_matching import FlowMatching
 from pyro_gen.objectives.importance_weighted import IWAE
 from pyro_gen.objectives.likelihood import MaximumLikelihood
 from pyro_gen.objectives.noise_contrastive import NoiseContrastive
@@ -16,6 +17,7 @@ __all__ = [
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
     "FiniteDifferenceScoreMatching",
+    "FlowMatching",
     "MaximumLikelihood",
     "NoiseContrastive",
     "PseudoLikelihood",

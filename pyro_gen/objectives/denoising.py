@@ -18,6 +18,8 @@ levels, with shares :math:`w_l` of the loss, has the minimum :math:`s = \sum_l w
 *mixture* :math:`\sum_l \pi_l\, p_{\sigma_l}` with :math:`\pi_l \propto w_l \sigma_l^2`: that is what ``mixture=`` sets.
 A small share of broad noise lays a bridge of data between far modes, without which no score knows their weights.
 
+A program of kind `Noised` has a network, a schedule and levels of its own: there the loss is `noise_regression`.
+
 *Which σ?* This loss cannot tell: its least value is :math:`\frac d2 - \frac12 \sigma^2 E|\nabla \log p_\sigma|^2`,
 another for each σ. `choose_sigma` compares by a criterion on clean held-out rows, whose unknown constant has no σ.
 """
@@ -33,8 +35,9 @@ import torch
 from torch import Tensor
 
 from pyro_gen import handlers, scopes
-from pyro_gen.base import Objective, ObjectiveModule, Unnormalized, context_error
+from pyro_gen.base import Noised, Objective, ObjectiveModule, Program, Unnormalized, context_error
 from pyro_gen.checks import check_count, describe
+from pyro_gen.objectives.noise_regression import NoiseRegressionModule, Regression, Time, Weighting
 from pyro_gen.objectives.observed_supports import observing_site, support_of
 from pyro_gen.objectives.unreached import reaching, unreached
 from pyro_gen.targets import is_real
@@ -193,10 +196,33 @@ class DenoisingScoreMatchingModule(ObjectiveModule):
         return x, torch.cat([context, level], 1), *given[1:]
 
 
-class DenoisingScoreMatching(Objective[Unnormalized]):
+class DenoisingScoreMatching(Objective[Unnormalized | Noised]):
     r"""Denoising score matching, :math:`\frac12 |\sigma\, s(x + \sigma n) + n|^2`: the score of the data under noise.
 
     Z has dropped out of the score. What is estimated is the density of x + σn, at one level or, annealed, at several.
+
+    A program of kind `Noised` (`Diffusion`) has levels of its own: the loss is
+    :math:`E_t\, \tfrac12 w(t)\, |\hat\varepsilon - \varepsilon|^2` in units of the standardised data, its options are
+    ``weighting`` and ``time``, and the other arguments are refused. With λ = log SNR = log α²/σ², and p(t) the density
+    of the levels that are drawn:
+
+    =================== ================================== =========================================================
+    ``weighting``       w(t)                               source; the same on another prediction
+    =================== ================================== =========================================================
+    ``"epsilon"``       1                                  Ho et al. 2020 (L_simple)
+    ``"x0"``            1 / SNR                            :math:`|\hat u - u|^2`
+    ``"v"``, ``"edm"``  1 + 1 / SNR                        :math:`|\hat v - v|^2` (Salimans & Ho 2022); Karras et al.
+                                                           2022, whose levels are ``time="lognormal"``
+    ``"truncated_snr"`` max(1, 1 / SNR)                    Salimans & Ho 2022: max(SNR, 1) on u
+    ``"min_snr"``       min(1, γ / SNR)                    Hang et al. 2023: min(SNR, γ) on u
+    ``"velocity"``      σ² λ'² / 4                         flow matching (Lipman et al. 2023), on dy/dt
+    ``"elbo"``          −λ' / p(t)                         the bound in continuous time (Kingma et al. 2021), without
+                                                           the terms of its two ends
+    ``"sigmoid"``       −λ' sigmoid(b − λ) / p(t)          Kingma & Gao 2023; Hoogeboom et al. 2024
+    =================== ================================== =========================================================
+
+    The last two are integrals over λ, in discrete time by the trapezoidal rule; they draw the program's own levels. The
+    others are means over the levels drawn, so that ``time`` changes the measure: it is a weight of its own.
 
     Args:
         sigma: standard deviation of the noise, in the units of x; by default a tenth of that of each feature.
@@ -211,10 +237,16 @@ class DenoisingScoreMatching(Objective[Unnormalized]):
             that it estimates, in the order of the levels; None weighs the losses of all levels alike, which is
             :math:`\pi_l \propto \sigma_l^2`.
         antithetic: draw the noise in pairs ±n: twice the work, and a gradient whose variance stays finite as σ falls.
+        weighting: of the levels of a `Noised` program, by the names above; None is ``"epsilon"``.
+        time: the distribution of its levels: None or ``"uniform"`` in its training times, ``"lognormal"``
+            (log σ/α from Karras et al.'s normal, for data of variance 1), ``"logit_normal"`` (Esser et al. 2024), the
+            latter two cut to its times.
+        gamma: γ of ``"min_snr"``; bias: b of ``"sigmoid"``.
 
     Raises:
-        ValueError: for σ that is not positive and finite, or both of ``sigma`` and ``sigmas``; at the first
-            call for discrete or bounded data, a free latent site, no plate over rows.
+        ValueError: for σ that is not positive and finite, or both of ``sigma`` and ``sigmas``; options of the one kind
+            of program with the other; at the first call for discrete or bounded data, a free latent site, no plate
+            over rows.
         TypeError: for a program whose log f is not known.
 
     References:
@@ -224,6 +256,10 @@ class DenoisingScoreMatching(Objective[Unnormalized]):
         arXiv:1907.05600, eqs. 5 and 6.
         Z. Li, Y. Chen, F. Sommer, "Learning energy-based models in high-dimensional spaces with multiscale denoising
         score matching", 2019, arXiv:1910.07762 (one energy for all levels).
+        J. Ho et al. 2020, arXiv:2006.11239, eq. 14; D. Kingma et al. 2021, arXiv:2107.00630, eq. 17; T. Salimans, J. Ho
+        2022, arXiv:2202.00512, section 4; T. Karras et al. 2022, arXiv:2206.00364, table 1; T. Hang et al. 2023,
+        arXiv:2303.09556; D. Kingma, R. Gao 2023, arXiv:2303.00848; E. Hoogeboom et al. 2024, arXiv:2410.19324;
+        P. Esser et al. 2024, arXiv:2403.03206.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -236,7 +272,7 @@ class DenoisingScoreMatching(Objective[Unnormalized]):
         tensor(0.4...)
     """
 
-    needs = (Unnormalized,)
+    needs = (Unnormalized, Noised)
     loss_is = "generalized"
     takes = "continuous"
     validates = True
@@ -252,8 +288,22 @@ class DenoisingScoreMatching(Objective[Unnormalized]):
         condition: bool | None = None,
         mixture: Sequence[float] | None = None,
         antithetic: bool = False,
+        weighting: Weighting | None = None,
+        time: Time | None = None,
+        gamma: float | None = None,
+        bias: float | None = None,
     ) -> None:
         super().__init__()
+        self.given: dict[str, Any] = {
+            "sigma": sigma, "sigmas": sigmas, "levels": levels, "relative": relative, "condition": condition,
+            "mixture": mixture, "antithetic": antithetic,
+        }  # fmt: skip
+        self.asked: dict[str, Any] = {"weighting": weighting, "time": time, "gamma": gamma, "bias": bias}
+        for name, owner in (("gamma", "min_snr"), ("bias", "sigmoid")):
+            if self.asked[name] is not None and weighting != owner:
+                raise ValueError(f"{name}= belongs to weighting={owner!r}; got weighting={describe(weighting)}")
+        defaults = {"weighting": "epsilon", "time": "uniform"}
+        self.regression = Regression(**(defaults | {k: v for k, v in self.asked.items() if v is not None}))
         if sigma is None and sigmas is None:
             sigma, relative = DEFAULT, True
         if sigma is not None and sigmas is not None:
@@ -292,16 +342,21 @@ class DenoisingScoreMatching(Objective[Unnormalized]):
         weights = [1.0] * len(values) if mixture is None else [m / v**2 for m, v in zip(mixture, values, strict=True)]
         self.shares = [weight * len(values) / sum(weights) for weight in weights]
 
+    def module_of(self, program: Program | None) -> type[ObjectiveModule]:
+        noised = isinstance(program, Noised)
+        wrong = [name for name, value in (self.given if noised else self.asked).items() if value not in (None, False)]
+        if wrong:
+            what, own, other = "levels of noise", "weighting= and time=", "sigma= or sigmas="
+            raise ValueError(
+                f"{', '.join(f'{name}=' for name in wrong)} does not go with a program that "
+                + (f"has {what} of its own: its options are {own}" if noised else f"has no {what}: set it by {other}")
+            )
+        return NoiseRegressionModule if noised else DenoisingScoreMatchingModule
+
     def settings(self) -> dict[str, Any]:
-        return {
-            "sigma": self.sigma,
-            "sigmas": None if self.sigmas is None else [float(value) for value in self.sigmas],
-            "levels": self.levels_given,
-            "relative": self.relative,
-            "condition": self.condition,
-            "mixture": self.mixture,
-            "antithetic": self.antithetic,
-        }
+        given = dict(self.given)
+        given["sigmas"] = None if self.sigmas is None else [float(value) for value in self.sigmas]
+        return {**given, "mixture": self.mixture, **self.asked}
 
 
 class SigmaChoice(NamedTuple):

@@ -49,6 +49,8 @@ class IWAEModule(ObjectiveModule):
         if shape.enumerated:
             raise ValueError("IWAE does not enumerate discrete sites: use pg.ELBO, which sums them out")
         handlers.check_pair(shape)
+        if self.objective.num_particles > 1:  # one draw makes it the ELBO
+            shape.require_weights("IWAE")
         if self.objective.gradient != "iwae" and not shape.reparameterized:
             raise ValueError(
                 f"gradient={self.objective.gradient!r} differentiates through the draws, and the guide has a site that "

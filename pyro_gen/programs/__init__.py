@@ -1,8 +1,9 @@
 """Families of generative models, one a file."""
 
 from pyro_gen.programs.autoregressive import Autoregressive
+from pyro_gen.programs.diffusion import Diffusion
 from pyro_gen.programs.ebm import EBM
 from pyro_gen.programs.flow import Flow
 from pyro_gen.programs.vae import VAE
 
-__all__ = ["EBM", "VAE", "Autoregressive", "Flow"]
+__all__ = ["EBM", "VAE", "Autoregressive", "Diffusion", "Flow"]

@@ -347,6 +347,7 @@ def check_trainers(
         copied = fresh(program)
         module = objective(copied)
         options: Any = {"optimizer": torch.optim.SGD, "lr": lr, "seed": 0, "compile": False, "progress": False}
+        options["average"] = False
         result = fit(module, batch, steps=steps, batch_size=rows, validation=False, **options)
         columns = [result.history[n] for n in result.history.columns if n.split(".")[0] == "loss"]
         losses = [sum(values) for values in zip(*columns, strict=True)]

@@ -16,6 +16,7 @@ from torch.distributions import constraints
 
 import pyro_gen as pg
 from pyro_gen.base import Objective, Program
+from pyro_gen.programs import Diffusion
 
 ROWS = 8
 Data = Callable[[], Tensor]
@@ -239,6 +240,14 @@ def made(event_shape: int, likelihood: str = "bernoulli", **options: Any) -> Pro
     return pg.Autoregressive(event_shape, likelihood, (6,), **options)
 
 
+def diffused(event_shape: Any, **options: Any) -> Program:
+    """A short chain, of data that are standard already: it draws without having been fitted."""
+    given = {"timesteps": 4, "hidden": (6,), "standardise": False, "prediction": "v", **options}
+    return Diffusion(event_shape, **given)
+
+
+CHAIN = ("elbo", "elbo kl", "elbo at once", "iwae", "dreg")
+
 CASES = [
     Case("vae", lambda: pg.VAE(3, **SMALL), real(3), objectives=ALL),
     Case("vae shared scale", lambda: pg.VAE(3, scale="shared", **SMALL), real(3)),
@@ -344,6 +353,14 @@ CASES = [
         objectives=("score", "differences"),
         enumerated=True,
     ),
+    Case("diffusion", lambda: diffused(3), real(3), objectives=("elbo", "elbo kl", "elbo at once")),
+    Case("diffusion continuous", lambda: diffused(3, timesteps=None), real(3), objectives=("elbo",)),
+    Case("diffusion sites", lambda: diffused(3, form="sites"), real(3), objectives=CHAIN),
+    Case("diffusion forward", lambda: diffused(3, form="sites", guide="forward"), real(3), objectives=("elbo",)),
+    Case("diffusion learned variance", lambda: diffused(3, variance="learned"), real(3), objectives=("elbo",)),
+    Case("diffusion learned schedule", lambda: diffused(3, schedule="learned"), real(3), objectives=("elbo",)),
+    Case("diffusion conv", lambda: diffused((1, 4, 4), network="conv"), real(1, 4, 4), objectives=("elbo",)),
+    Case("diffusion context", lambda: diffused(3, context_shape=2), real(3), real(2), objectives=("elbo",)),
 ]
 
 OBJECTIVES: dict[str, Objective[Any]] = {
