@@ -1,7 +1,7 @@
 """pyro_gen: deep generative models as Pyro programs, told apart by how they treat their normalizing constant."""
 
 from pyro_gen import datasets, diagnostics, plots, testing, transforms
-from pyro_gen.base import Bounded, Divergence, Evidence, Exact, Implicit, Unnormalized
+from pyro_gen.base import Bounded, Divergence, Evidence, Exact, Implicit, Noised, Unnormalized
 from pyro_gen.comparison import compare, to_elpd
 from pyro_gen.diagnostics import check
 from pyro_gen.evidence import (
@@ -22,6 +22,7 @@ from pyro_gen.objectives import (
     ContrastiveDivergence,
     DenoisingScoreMatching,
     FiniteDifferenceScoreMatching,
+    FlowMatching,
     MaximumLikelihood,
     NoiseContrastive,
     PseudoLikelihood,
@@ -29,8 +30,8 @@ from pyro_gen.objectives import (
     ScoreMatching,
     SlicedScoreMatching,
 )
-from pyro_gen.programs import EBM, VAE, Autoregressive, Flow
-from pyro_gen.samplers import HMC, MALA, Gibbs, Langevin
+from pyro_gen.programs import EBM, VAE, Autoregressive, Diffusion, Flow
+from pyro_gen.samplers import HMC, MALA, Gibbs, Langevin, ProbabilityFlow, ReverseDiffusion
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "Bounded",
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
+    "Diffusion",
     "Divergence",
     "Enumeration",
     "Evidence",
@@ -54,6 +56,7 @@ __all__ = [
     "FiniteDifferenceScoreMatching",
     "FitResult",
     "Flow",
+    "FlowMatching",
     "Gibbs",
     "Implicit",
     "ImportanceSampling",
@@ -61,9 +64,12 @@ __all__ = [
     "MaximumLikelihood",
     "NeuTra",
     "NoiseContrastive",
+    "Noised",
+    "ProbabilityFlow",
     "PseudoLikelihood",
     "Quadrature",
     "RatioMatching",
+    "ReverseDiffusion",
     "ScoreMatching",
     "SlicedScoreMatching",
     "Unnormalized",

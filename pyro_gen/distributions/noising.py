@@ -1,8 +1,8 @@
 r"""The reverse chain of a diffusion and the noising that guides it, as Pyro programs: what `Diffusion` is made of.
 
-A step of the chain takes some twenty numbers from the schedule and from what the network predicts. In discrete time they
-are a table, worked out in float64 and looked up by one index (`Table`); a schedule that is learnt makes it anew at each
-call. Nothing is a difference of large numbers: with :math:`\hat u = a y + b F` the miss of the network is
+A step of the chain takes some twenty numbers from the schedule and from what the network predicts. In discrete time
+they are a table, worked out in float64 and looked up by one index (`Table`); a schedule that is learnt makes it anew at
+each call. Nothing is a difference of large numbers: with :math:`\hat u = a y + b F` the miss of the network is
 
 .. math:: u - \hat u = (1 - a \alpha)\, u - a \sigma\, \varepsilon - b F,
 

@@ -1,5 +1,7 @@
 """Objectives: one principle a file, its derivation first."""
 
+from pyro_gen.objectives.adversarial import Adversarial
+from pyro_gen.objectives.adversarial_bayes import AdversarialELBO
 from pyro_gen.objectives.contrastive import ContrastiveDivergence
 from pyro_gen.objectives.denoising import DenoisingScoreMatching
 from pyro_gen.objectives.elbo import ELBO
@@ -14,6 +16,8 @@ from pyro_gen.objectives.sliced_score_matching import FiniteDifferenceScoreMatch
 __all__ = [
     "ELBO",
     "IWAE",
+    "Adversarial",
+    "AdversarialELBO",
     "ContrastiveDivergence",
     "DenoisingScoreMatching",
     "FiniteDifferenceScoreMatching",

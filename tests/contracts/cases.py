@@ -16,6 +16,9 @@ from torch.distributions import constraints
 
 import pyro_gen as pg
 from pyro_gen.base import Objective, Program
+from pyro_gen.objectives.adversarial import Adversarial
+from pyro_gen.objectives.adversarial_bayes import AdversarialELBO
+from pyro_gen.programs.gan import GAN
 from pyro_gen.programs import Diffusion
 
 ROWS = 8
@@ -232,6 +235,7 @@ ALL = ("elbo", "elbo kl", "elbo loop", "elbo at once", "iwae", "iwae loop", "dre
 SHARED = ("elbo", "elbo loop", "iwae loop")  # where latents belong to all rows at once
 TINY: dict[str, Any] = {"layers": 2, "hidden": (6,)}
 EXACT = ("likelihood", "elbo", "iwae")
+GAMES = ("gan", "gan penalties", "gan pairs", "gan kl")
 LIKELIHOOD = ("likelihood",)  # the others are the same number
 ENERGIES = ("score", "sliced", "differences", "denoising", "denoising levels", "nce", "nce base", "pcd")
 
@@ -363,6 +367,21 @@ CASES = [
     Case("diffusion context", lambda: diffused(3, context_shape=2), real(3), real(2), objectives=("elbo",)),
 ]
 
+CASES += [
+    Case("gan", lambda: GAN(3, **SMALL), real(3), objectives=GAMES),
+    Case("gan of images", lambda: GAN((1, 2, 2), spectral_norm=True, **SMALL), real(1, 2, 2), objectives=("hinge",)),
+    Case("gan context", lambda: GAN(3, context_shape=2, **SMALL), real(3), real(2), objectives=GAMES[:2]),
+    Case("gan encoder", lambda: GAN(3, encoder="mlp", **SMALL), real(3), objectives=GAMES),
+    Case("gan prior", lambda: GAN(3, prior="mixture", **SMALL), real(3), objectives=("gan",)),
+    Case(
+        "gan of given networks",
+        lambda: GAN(3, 2, nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1, bias=False))),
+        real(3),
+        objectives=GAMES[:2],
+    ),
+    Case("pair and critic", lambda: pg.Bounded(Decoder(), Encoder(), 3), real(3), objectives=("avb", "avb prior")),
+]
+
 OBJECTIVES: dict[str, Objective[Any]] = {
     "elbo": pg.ELBO(),
     "elbo kl": pg.ELBO(analytic_kl=True),
@@ -384,6 +403,13 @@ OBJECTIVES: dict[str, Objective[Any]] = {
     "pseudo": pg.PseudoLikelihood(),
     "ratio": pg.RatioMatching(),
     "cd": pg.ContrastiveDivergence(),  # of continuous x all chains may stay where they are: no gradient to check
+    "gan": Adversarial(),
+    "gan penalties": Adversarial("wasserstein", r1=0.1, r2=0.2, gradient_penalty=5.0),
+    "gan pairs": Adversarial("relativistic", r1=0.1, r2=0.1),
+    "gan kl": Adversarial("kl"),
+    "hinge": Adversarial("hinge"),
+    "avb": AdversarialELBO(hidden=(5,)),
+    "avb prior": AdversarialELBO("prior", num_particles=3, hidden=(5,)),
     "pcd": pg.ContrastiveDivergence(persistent=True, chains=ROWS, start="base"),
 }
 

@@ -1,4 +1,4 @@
-"""Adversarial games against closed forms: optimal logits, divergences, equilibria, stability, and what training finds."""
+"""Adversarial games against closed forms: optimal logits, divergences, equilibria, stability, what training finds."""
 
 from __future__ import annotations
 
@@ -192,11 +192,12 @@ def test_a_wasserstein_critic_measures_the_distance_of_two_means() -> None:
         with torch.no_grad():
             module.guide.linear.weight.fill_(0.1)
         play_critic(module, x)
-        slope = float(module.guide.linear.weight.norm())
+        slope = float(module.guide.linear.weight.detach().norm())
         assert slope == pytest.approx(1 + 2.5 / gamma, rel=4 * math.sqrt(2 / 20_000))
     torch.manual_seed(2)
     y = torch.randn(20_000, 2, dtype=torch.float64)
-    distance = float((module.guide(x) - module.guide(y)).mean())
+    with torch.no_grad():
+        distance = float((module.guide(x) - module.guide(y)).mean())
     assert distance == pytest.approx(2.5, rel=0.05)
 
 
@@ -214,33 +215,25 @@ class Point(nn.Module):
 
 
 def abscissa(objective: Adversarial) -> tuple[float, Tensor]:
-    """Largest real part, and all eigenvalues, of the players' joint gradient descent at the equilibrium θ = ψ = 0."""
-    critic = nn.Linear(1, 1, bias=False).double()
-    module = objective(Point(), critic)
+    """Largest real part, and all eigenvalues, of the players' joint gradient descent at the equilibrium θ = ψ = 0.
+
+    Each player's gradient is that of its own loss; the field they make is linearised by central differences, which err
+    by O(h²), here 1e-8. (A derivative of the losses would see what they hold still, and not the field.)
+    """
+    module = objective(Point(), nn.Linear(1, 1, bias=False).double())
     x = torch.zeros(4, 1, dtype=torch.float64)
     module.prepare(x)
-    names = ("model.place", "guide.weight")
+    own = [next(player.parameters()) for player in module.players]
 
     def field(place: Tensor) -> Tensor:
-        def of(at: Tensor) -> tuple[Tensor, ...]:
-            values = {"module." + names[0]: at[:1], "module." + names[1]: at[1:].reshape(1, 1)}
-            out: tuple[Tensor, ...] = torch.func.functional_call(Losses(module), values, (x,))
-            return tuple(value / 4 for value in out)
+        for parameter, value in zip(own, place, strict=True):
+            parameter.data.fill_(float(value))
+        slopes = [torch.autograd.grad(loss / 4, p)[0] for loss, p in zip(module.losses(x), own, strict=True)]
+        return -torch.stack([slope.flatten()[0] for slope in slopes])
 
-        slopes = torch.func.jacrev(lambda at: torch.stack(of(at)))(place)
-        return -torch.stack([slopes[0, 0], slopes[1, 1]])
-
-    values = torch.linalg.eigvals(torch.func.jacrev(field)(torch.zeros(2, dtype=torch.float64)))
+    steps = 1e-4 * torch.eye(2, dtype=torch.float64)
+    values = torch.linalg.eigvals(torch.stack([(field(h) - field(-h)) / 2e-4 for h in steps], 1))
     return float(values.real.max()), values
-
-
-class Losses(nn.Module):
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.module.losses(x)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("loss", ["minimax", "non_saturating"])
@@ -250,17 +243,24 @@ def test_the_dirac_gan_circles_without_a_penalty_and_settles_with_one(loss: Any,
     found, values = abscissa(Adversarial(loss, r1=gamma))
     root = torch.sqrt(torch.tensor(gamma**2 / 4 - 1 / 4, dtype=torch.complex128))
     expected = torch.stack([-gamma / 2 + root, -gamma / 2 - root])
-    assert torch.allclose(torch.sort(values.imag).values, torch.sort(expected.imag).values, atol=1e-9)
-    assert torch.allclose(torch.sort(values.real).values, torch.sort(expected.real).values, atol=1e-9)
+    assert torch.allclose(torch.sort(values.imag).values, torch.sort(expected.imag).values, atol=1e-7)
+    assert torch.allclose(torch.sort(values.real).values, torch.sort(expected.real).values, atol=1e-7)
     assert (found < -1e-3) == (gamma > 0)  # without: never converges
     if gamma:  # a penalty of another weight would not pass
         assert found != pytest.approx(abscissa(Adversarial(loss, r1=2 * gamma))[0], abs=1e-3)
 
 
+def fitted(module: Any, x: Tensor, **options: Any) -> None:
+    """A fit whose optimizer has no memory of the gradient, which is what circling players need."""
+    adam = functools.partial(torch.optim.Adam, betas=(0.0, 0.99))
+    pg.fit(module, x, optimizer=adam, seed=0, progress=False, compile=False, **options)
+
+
 def gaussian_kl(b: Tensor, w: Tensor, x: Tensor) -> float:
     """KL of N(b, W Wᵀ) from the normal of the rows' mean and covariance."""
-    fitted = torch.distributions.MultivariateNormal(x.mean(0), torch.cov(x.T))
-    return float(torch.distributions.kl_divergence(torch.distributions.MultivariateNormal(b, w @ w.T), fitted))
+    one, two = ((b, w @ w.T), (x.mean(0), torch.cov(x.T)))
+    normal = torch.distributions.MultivariateNormal
+    return float(torch.distributions.kl_divergence(normal(*one), normal(*two)))
 
 
 @pytest.mark.slow
@@ -271,9 +271,7 @@ def test_a_linear_generator_with_a_quadratic_critic_finds_a_gaussian() -> None:
     generator = nn.Linear(3, 3)
     gan = GAN(3, latent_dim=3, generator=generator, critic=Quadratic(3))
     start = gaussian_kl(generator.bias.detach(), generator.weight.detach(), x)
-    pg.fit(
-        Adversarial(r1=0.3)(gan), x, steps=4000, batch_size=512, lr=1e-2, schedule="cosine", seed=0, progress=False
-    )  # fmt: skip
+    fitted(Adversarial(r1=1.0, r2=1.0)(gan), x, steps=1500, batch_size=512, lr=5e-3, schedule="cosine")
     found = gaussian_kl(generator.bias.detach(), generator.weight.detach(), x)
     assert found < 0.02
     assert start > 0.5  # what it started from is rejected
@@ -314,46 +312,45 @@ def test_an_encoder_finds_the_posterior_of_the_generator() -> None:
     torch.manual_seed(0)
     model, guide = NoisyCopy(), Judge()
     x = 1.25 * torch.randn(8000, 1)
-    module = Adversarial(r1=0.3)(model, guide)
-    pg.fit(module, x, steps=2500, batch_size=512, lr=1e-2, schedule="cosine", seed=0, progress=False)
-    assert float(model.weight) == pytest.approx(1, abs=0.1)
-    assert float(guide.encoder.weight[0]) == pytest.approx(0.64, abs=0.064)
-    assert float(guide.encoder.bias[1].exp()) == pytest.approx(0.6, rel=0.1)
-    assert abs(float(guide.encoder.bias[0])) < 0.064
+    module = Adversarial(r1=0.3, r2=0.3)(model, guide)
+    fitted(module, x, steps=1200, batch_size=512, lr=1e-2, schedule="cosine")
+    assert float(model.weight.detach()) == pytest.approx(1, abs=0.1)
+    weight, bias = guide.encoder.weight.detach(), guide.encoder.bias.detach()
+    assert float(weight[0]) == pytest.approx(0.64, abs=0.064)
+    assert float(bias[1].exp()) == pytest.approx(0.6, rel=0.1)
+    assert abs(float(bias[0])) < 0.064
 
 
 # ------------------------------------------------------------------------------------------------------- lost modes --
 MODES = torch.tensor([[math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)] for k in range(8)])
 
 
-def ring(objective: Adversarial) -> pg.diagnostics.ModeCoverage:
-    """Eight modes of standard deviation .05 on a circle, learnt from rows alone; the same settings for any loss."""
+def ring(loss: Any, **penalties: float) -> pg.diagnostics.ModeCoverage:
+    """Eight modes of standard deviation .05 on a circle, learnt from rows alone; the same settings for any loss.
+
+    The critic takes ten steps for each of the generator, so that it is near its best answer: theory is about that game.
+    """
     generator = torch.Generator().manual_seed(0)
     x = MODES[torch.randint(8, (5000,), generator=generator)] + 0.05 * torch.randn(5000, 2, generator=generator)
     torch.manual_seed(0)
     gan = GAN(2, latent_dim=4, hidden=(64, 64))
-    adam = functools.partial(torch.optim.Adam, betas=RING["betas"])
-    pg.fit(
-        objective(gan), x, steps=RING["steps"], batch_size=128, lr=RING["lr"], optimizer=adam, seed=0, progress=False,
-        compile=False,
-    )  # fmt: skip
+    fitted(Adversarial(loss, critic_steps=10, **penalties)(gan), x, steps=2000, batch_size=128, lr=3e-3)  # type: ignore[arg-type]
     return mode_coverage(gan.sample(2500, seed=1), MODES, 0.05)
 
 
-RING: dict[str, Any] = {"betas": (0.0, 0.99), "steps": 1000, "lr": 3e-3}
+def covers(found: pg.diagnostics.ModeCoverage) -> bool:
+    """At least seven of eight modes, and served evenly: one mode lost altogether is a reverse KL of log 8/7 = .13."""
+    return found.hit >= 7 and found.reverse_kl < 0.05
 
 
 @pytest.mark.slow
 def test_a_penalised_game_keeps_the_modes() -> None:
-    found = ring(Adversarial("relativistic", r1=0.1, r2=0.1))
-    assert found.hit >= 7
-    assert found.quality > 0.5
+    assert covers(ring("relativistic", r1=0.1, r2=0.1))
 
 
 @pytest.mark.slow
-def test_plain_minimax_loses_them() -> None:
-    found = ring(Adversarial("minimax"))
-    assert found.hit < 7
+def test_plain_minimax_does_not() -> None:
+    assert not covers(ring("minimax"))
 
 
 # ------------------------------------------------------------------------------------ posteriors by density ratios --
@@ -402,7 +399,7 @@ def test_an_implicit_guide_finds_conjugate_posteriors_row_by_row() -> None:
     x = math.sqrt(1.25) * torch.randn(2000, 1)
     guide = OfNoise(1, 1, 2, "z")
     module = AdversarialELBO()(Copies(), guide)
-    pg.fit(module, x, steps=1200, batch_size=256, lr=5e-3, schedule="cosine", seed=0, progress=False)
+    fitted(module, x, steps=1200, batch_size=256, lr=5e-3, schedule="cosine")
     at = torch.linspace(-1.5, 1.5, 5)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -419,8 +416,8 @@ def test_an_implicit_guide_finds_the_posterior_of_what_all_rows_share() -> None:
     torch.manual_seed(0)
     x = torch.randn(20, 2) + torch.tensor([1.0, -0.5])
     guide = OfNoise(0, 2, 4, "mean")
-    module = AdversarialELBO()(OneMean(), guide)
-    pg.fit(module, x, steps=2000, lr=5e-3, schedule="cosine", seed=0, progress=False)
+    module = AdversarialELBO(num_particles=256)(OneMean(), guide)
+    fitted(module, x, steps=1500, lr=3e-3, schedule="cosine")
     torch.manual_seed(1)
     with torch.no_grad():
         draws = torch.stack([pyro.poutine.trace(guide).get_trace(x).nodes["mean"]["value"] for _ in range(4000)])

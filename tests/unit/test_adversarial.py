@@ -136,7 +136,7 @@ def test_batch_normalisation_under_a_penalty_is_refused() -> None:
     x = torch.randn(8, 2)
     assert torch.isfinite(Adversarial()(GAN(2, critic=critic))(x))
     for name in ("r1", "r2", "gradient_penalty"):
-        with pytest.raises(ValueError, match="batch normalisation.*LayerNorm"):
+        with pytest.raises(ValueError, match=r"batch normalisation.*LayerNorm"):
             Adversarial(**{name: 1.0})(GAN(2, critic=critic))(x)  # type: ignore[arg-type]
 
 
@@ -148,10 +148,7 @@ def test_the_generator_moves_at_every_kth_step() -> None:
         places.append([torch.cat([p.detach().flatten().clone() for p in part.parameters()]) for part in module.players])
 
     pg.fit(module, torch.randn(64, 2), steps=7, seed=0, progress=False, callback=look, average=False, schedule="cosine")
-    moved = [
-        [not torch.equal(a, b) for a, b in zip(one, two, strict=True)]
-        for one, two in pairwise(places)
-    ]
+    moved = [[not torch.equal(a, b) for a, b in zip(one, two, strict=True)] for one, two in pairwise(places)]
     assert [m[0] for m in moved] == [False, False, True, False, False, True]  # steps 1 to 6; it moved at step 0 too
     assert all(m[1] for m in moved)
 
@@ -245,7 +242,7 @@ def test_what_cannot_be_played_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words), pyro.get_param_store().scope():
             Adversarial()(model, guide)(x)
-    with pytest.raises(ValueError, match="one logit a row.*got None"):
+    with pytest.raises(ValueError, match=r"one logit a row.*got None"):
         Adversarial()(Implicit(Shift(), None, 2))(x)
     with pytest.raises(ValueError, match="belong to no player"), pyro.get_param_store().scope():
         Adversarial()(Implicit(with_param, Linear(), 2))(x)
