@@ -1,6 +1,6 @@
 """What a training step of a diffusion costs: pyro_gen beside a plain PyTorch loop of the same network.
 
-    python benchmarks/diffusion_training.py           # prints the table; about two minutes
+    python benchmarks/diffusion_training.py           # prints the table; about five minutes, most of them compiling
     python benchmarks/diffusion_training.py --write   # and puts it into docs/benchmarks.md
     python benchmarks/diffusion_training.py --smoke   # one round of few steps: does everything run?
 
@@ -95,7 +95,7 @@ def objective() -> Run:
 
 
 def fitted(compiled: bool, average: float | bool | None) -> Run:
-    """Twice the steps less once: what `fit` does once, compiling too, does not count."""
+    """From the fifth step on: what `fit` does once, compiling too, does not count."""
 
     def run(steps: int) -> float:
         marks: list[float] = []
@@ -144,8 +144,8 @@ def table(found: dict[str, list[float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=200)  # short turns: load drifts within seconds
     parser.add_argument("--smoke", action="store_true", help="one short round, nothing compiled")
     options = parser.parse_args()
     if options.write and options.smoke:

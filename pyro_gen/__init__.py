@@ -19,6 +19,8 @@ from pyro_gen.inference_data import to_inference_data
 from pyro_gen.objectives import (
     ELBO,
     IWAE,
+    Adversarial,
+    AdversarialELBO,
     ContrastiveDivergence,
     DenoisingScoreMatching,
     FiniteDifferenceScoreMatching,
@@ -30,7 +32,7 @@ from pyro_gen.objectives import (
     ScoreMatching,
     SlicedScoreMatching,
 )
-from pyro_gen.programs import EBM, VAE, Autoregressive, Diffusion, Flow
+from pyro_gen.programs import EBM, GAN, VAE, Autoregressive, Diffusion, Flow
 from pyro_gen.samplers import HMC, MALA, Gibbs, Langevin, ProbabilityFlow, ReverseDiffusion
 
 __version__ = "0.1.0"
@@ -38,10 +40,13 @@ __version__ = "0.1.0"
 __all__ = [
     "EBM",
     "ELBO",
+    "GAN",
     "HMC",
     "IWAE",
     "MALA",
     "VAE",
+    "Adversarial",
+    "AdversarialELBO",
     "AmortizedFlow",
     "AnnealedImportanceSampling",
     "Autoregressive",

@@ -348,18 +348,22 @@ class Noised(Bounded):
 
     @property
     def schedule(self) -> Schedule:
+        """α(t) and σ(t)."""
         return cast(Schedule, self.__dict__["schedule"])
 
     @property
     def location(self) -> Tensor:
+        """m of x = m + s u, which broadcasts to ``event_shape``."""
         return self.template().new_zeros(())
 
     @property
     def scale(self) -> Tensor:
+        """s of x = m + s u, which broadcasts to ``event_shape``."""
         return self.template().new_ones(())
 
     @property
     def times(self) -> tuple[float, float]:
+        """The least and the greatest time at which the network is trained."""
         return self.schedule.ends
 
     def coefficients(self, t: Tensor) -> Coefficients:
@@ -648,7 +652,7 @@ class ObjectiveModule(ELBOModule):
 
     @property
     def validates(self) -> bool:
-        """Whether ``fit`` holds rows out without being asked: what the objective says, but for some kinds of program."""
+        """Whether ``fit`` holds rows out without being asked: as the objective says, but for some programs."""
         return self.objective.validates
 
     @property

@@ -15,6 +15,7 @@ from pyro_gen.cli.building import evidence_method
 from pyro_gen.cli.chains import Walk, is_unnormalized
 from pyro_gen.cli.errors import BadInput, about
 from pyro_gen.cli.families import Family, family_of
+from pyro_gen.cli.families.diffusion import figures_of, is_noised
 from pyro_gen.cli.runs import Run
 from pyro_gen.cli.sources import Data, is_dequantized, is_whole, read_data, read_file
 
@@ -61,6 +62,16 @@ def evaluate(
     chains: Annotated[
         int | None, typer.Option(metavar="M", help="Of annealing, for log Z.", show_default="as in the run")
     ] = None,
+    log_p: Annotated[
+        str | None,
+        typer.Option(metavar="ode|bound", help="How log p(x) of a diffusion is had.", show_default="as in the run"),
+    ] = None,
+    probes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="M", help="Of the ODE's trace, or draws of the bound's noise.", show_default="as in the run"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto takes CUDA where there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")] = False,
@@ -70,13 +81,15 @@ def evaluate(
     [bold]=[/bold] exact, [bold]≈[/bold] estimate, [bold]≥[/bold] lower bound: with a k̂ above 0.7 some row's weights
     have too heavy a tail for an estimate. The first error is that of the draws, the second that of having no more rows.
     An energy-based model has log p(x) = log f(x) − log Z, with one log Z for all rows: the error of log Z is theirs.
+    Of a diffusion the density is that of its probability-flow ODE, the bound that of its chain: two models.
     Whole numbers, dequantised ones too, have bits per dimension beside it, −log₂ p(x) / D. A run that was fitted with
     --dequantize adds that noise to whole numbers of other data as well.
     """
     run = Run(folder)
     run.read("RUN")
     family = family_of(run.options)
-    asked = {"importance_samples": importance_samples, "log_z": log_z, "temperatures": temperatures, "chains": chains}
+    asked = {"importance_samples": importance_samples, "log_z": log_z, "temperatures": temperatures, "chains": chains,
+             "log_p": log_p, "probes": probes}  # fmt: skip
     family = _with(family, {name: value for name, value in asked.items() if value is not None})
     result = run.result()
     if data is None:
@@ -120,6 +133,8 @@ def _with(family: Family, asked: dict[str, Any]) -> Family:
                 why = "is estimated by draws of the guide (--importance-samples)"
             elif hasattr(family, "log_z"):
                 why = "needs log Z (--log-z, --temperatures, --chains), and there is no guide"
+            elif hasattr(family, "log_p"):
+                why = "is that of its ODE, or bounded (--log-p, --probes)"
             raise BadInput(f"{option} has no use here: log p(x) of {family.name} {why}: leave it out")
     changed: Family = replace(family, **asked)
     return changed
@@ -172,7 +187,7 @@ class Measured:
         if bits is not None:
             nats += f", {SIGNS[bits.kind]} {float(bits.value):.3f} bits per dimension"
         noise = " + U[0, 1)" if self.dequantized else ""
-        how = "" if mean.kind == "exact" and self.log_z is None else f", by {self.method}"
+        how = "" if mean.kind == "exact" and self.method == "log_prob" else f", by {self.method}"
         some = f" ({self.left_out} of other contexts left out)" if self.left_out else ""
         first = f"log p(x) {nats}: {kind} for {rows} {rows_of}{noise}{some}{how}"
         if self.log_z is not None:
@@ -284,6 +299,8 @@ def _of_few_contexts(batch: tuple[Tensor, ...], contexts: int | None) -> tuple[T
 
 def is_discrete(program: Program, batch: tuple[Tensor, ...]) -> bool:
     """Whether x has probabilities rather than a density: what the support of its site says."""
+    if is_noised(program):  # the bound of a step is a factor, beside which x need not be a site
+        return False
     import pyro.poutine as poutine
     import torch
 
@@ -344,8 +361,11 @@ def draw(run: Run, result: FitResult, test: tuple[Tensor, ...], evidence: Eviden
         rows = tuple(part[:SHOWN] for part in test)
         context = rows[1] if len(rows) > 1 else None
         generated, _ = Walk(warmup=300, draws=1).rows(program, len(rows[0]), context, run.options["seed"])
-    drawn = plots.samples(program, *rows, n=None, seed=run.options["seed"], generated=generated)
-    figures = {"loss": plots.loss(result), "samples": drawn}
+    figures = {"loss": plots.loss(result)}
+    if is_noised(program):
+        figures |= figures_of(program, test, run.options["seed"])
+    else:
+        figures["samples"] = plots.samples(program, *rows, n=None, seed=run.options["seed"], generated=generated)
     if _has_latent_means(program, test):
         figures["latent"] = plots.latent(program, *test, labels=labels)
     if evidence.pareto_k is not None:
@@ -362,7 +382,7 @@ def _has_latent_means(program: Program, test: tuple[Tensor, ...]) -> bool:
     from pyro_gen.base import Bounded, Exact
     from pyro_gen.diagnostics.latents import latent_distributions
 
-    if isinstance(program, Exact) or not isinstance(program, Bounded):
+    if isinstance(program, Exact) or is_noised(program) or not isinstance(program, Bounded):
         return False
     context = test[1][:2] if len(test) > 1 else None
     try:

@@ -9,6 +9,7 @@ import typer
 
 from pyro_gen.cli.chains import Walk, is_unnormalized
 from pyro_gen.cli.errors import BadInput, describe
+from pyro_gen.cli.families.diffusion import draw_by, is_noised
 from pyro_gen.cli.runs import Run
 from pyro_gen.cli.sources import read_data
 
@@ -16,6 +17,7 @@ __all__ = ["sample"]
 
 SUFFIXES = (".npy", ".pt", ".png")
 CHAINS = "Chains, of an energy-based model"
+NOISE = "From noise to data, of a diffusion"
 
 
 def sample(
@@ -60,11 +62,41 @@ def sample(
             help="Of hmc, mala, langevin.", rich_help_panel=CHAINS, show_default="found in warm-up; langevin 0.1"
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ancestral|ddim|heun|dpm++2m|ode",
+            help="The chain itself; DDIM; solvers of the ODE of second order; the ODE to a tolerance.",
+            rich_help_panel=NOISE,
+            show_default="ancestral",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Levels that are visited; not of ode.",
+            rich_help_panel=NOISE,
+            show_default="ancestral all; ddim 50, heun 18, dpm++2m 20",
+        ),
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="Noise of ddim, 0 to 1.", rich_help_panel=NOISE, show_default="0")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="W",
+            help="Weight of classifier-free guidance, after a fit with --unconditional.",
+            rich_help_panel=NOISE,
+            show_default="none",
+        ),
+    ] = None,
 ) -> None:
     """Draw data from a fitted model.
 
     A picture shows the draws beside as many test rows. A conditional model is sampled at the contexts of the test
-    rows, in turn. An energy is sampled by Markov chains, and a line on standard error says whether they have mixed.
+    rows, in turn. An energy is sampled by Markov chains, and a line on standard error says whether they have mixed. A
+    diffusion runs its noise backwards, step by step (--method).
     """
     import numpy as np
     import torch
@@ -86,11 +118,18 @@ def sample(
         least = 0 if name == "warmup" else 1
         if given.get(name, least) < least:
             raise BadInput(f"--{name} must be at least {least}, got {given[name]}")
+    noise = {"method": method, "steps": steps, "eta": eta, "guidance": guidance}
+    solver = draw_by(method, steps, eta)
     program: Any = run.result().program
     walked = is_unnormalized(program)
     if given and not walked:
         option = "--" + next(iter(given)).replace("_", "-")
         raise BadInput(f"{option} has no use here: {run.options['family']} is sampled without chains: leave it out")
+    for name, value in noise.items():
+        if value is not None and not is_noised(program):
+            raise BadInput(f"--{name} has no use here: {run.options['family']} has no levels of noise: leave it out")
+    if guidance is not None and not run.options["unconditional"]:
+        raise BadInput("--guidance needs a run fitted with a context and --unconditional, such as 0.1: leave it out")
     picture = out.suffix.lower() == ".png"
     test = read_data(run.options).test if picture or program.context_shape is not None else ()
     said = None
@@ -101,6 +140,8 @@ def sample(
     x: Any = None
     if walked:
         x, said = Walk(progress=None, **given).rows(program, number, context[0] if context else None, seed)
+    elif is_noised(program):
+        x = program.sample(number, *context, method=solver, guidance=guidance, seed=seed)
     elif not picture:
         x = program.sample(number, *context, seed=seed)
     try:

@@ -28,7 +28,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyro_gen.checks import check_count, describe
@@ -176,6 +175,8 @@ def _check_order(order: int) -> None:
 
 def _assignment(x: Tensor, y: Tensor, order: int) -> float:
     cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").pow_(order).numpy()
+    from scipy.optimize import linear_sum_assignment  # slow to import, and few need it
+
     chosen = linear_sum_assignment(cost)
     return float(cost[chosen].mean())
 

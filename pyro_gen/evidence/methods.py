@@ -84,8 +84,8 @@ def require_bounded(program: Program, method: str) -> Bounded:
     if isinstance(program, Implicit):
         raise TypeError(
             f"{name} can only be sampled: its density is never written down, so there is no log p(x) to estimate. "
-            "Compare its samples with data, or give the model an observation noise and a guide: "
-            "pg.Bounded(model, guide, event_shape)"
+            "Compare its samples with data by two-sample scores (pg.diagnostics.mmd, energy_distance, c2st), or give "
+            "the model an observation noise and a guide: pg.Bounded(model, guide, event_shape)"
         )
     if isinstance(program, Unnormalized):
         raise TypeError(

@@ -124,8 +124,8 @@ class AdversarialModule(ObjectiveModule):
                 if isinstance(part, PyroModule) and [*part._parameters, *getattr(part, "_pyro_params", ())]:
                     raise ValueError(
                         f"the critic's PyroModule {name or 'guide'!r} reads its parameters from the global store, "
-                        "where they cannot be held for the generator's loss: use plain torch modules, or build and train it "
-                        "under pyro.settings.context(module_local_params=True)"
+                        "where they cannot be held for the generator's loss: use plain torch modules, or build and "
+                        "train it under pyro.settings.context(module_local_params=True)"
                     )
         shape = super().prepare(*batch, **kwargs)
         if self.__dict__["store_parameters"]:

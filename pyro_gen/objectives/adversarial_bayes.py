@@ -145,8 +145,8 @@ class AdversarialELBOModule(ObjectiveModule):
         of_all = [name for name in shape.model_latents if name in shape.global_sites]
         if of_all and len(of_all) < len(shape.model_latents):
             raise ValueError(
-                f"{', '.join(map(repr, of_all))} belongs to all rows and other latents to one row each: AdversarialELBO "
-                "takes the one kind or the other; condition on some, or use pg.ELBO"
+                f"{', '.join(map(repr, of_all))} belongs to all rows and other latents to one row each: AdversarialELBO"
+                " takes the one kind or the other; condition on some, or use pg.ELBO"
             )
         if not of_all:
             shape.require_data_plate("AdversarialELBO")

@@ -29,7 +29,7 @@ It is measured at the end of a fit; until then it is that of standard normal dat
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, get_args
 
 import pyro
@@ -205,18 +205,22 @@ class Diffusion(Noised):
     # ------------------------------------------------------------------------------------------------ levels and scores
     @property
     def schedule(self) -> Schedule:
+        """α(t) and σ(t)."""
         return self.model.schedule
 
     @property
     def location(self) -> Tensor:
+        """m of x = m + s u, which broadcasts to ``event_shape``."""
         return self.model.location
 
     @property
     def scale(self) -> Tensor:
+        """s of x = m + s u, which broadcasts to ``event_shape``."""
         return self.model.scale
 
     @property
     def times(self) -> tuple[float, float]:
+        """The least and the greatest time at which the network is trained."""
         return self.model.ends
 
     @property
@@ -240,8 +244,8 @@ class Diffusion(Noised):
             t, s: times, ``(steps,)``.
 
         Returns:
-            ``(steps, *event_shape)``, in standard units. A learnt variance belongs to y, not to t alone: of such a
-            chain it is the small one.
+            ``(steps, *event_shape)``, in standard units. A learnt variance belongs to y, not to t alone
+            (`output_and_variance`): of such a chain this is the small one.
         """
         model, schedule = self.model, self.schedule
         step = steps_between(schedule.alpha(t), schedule.sigma(t), schedule.alpha(s), schedule.sigma(s))
@@ -261,6 +265,9 @@ class Diffusion(Noised):
     def output(self, context: Tensor | None = None, guidance: float | None = None) -> Output:
         model = self.model
         given = model.conditioned(context)
+        if guidance is None and model.variance != "learned":
+            net, rest = model.net, () if given is None else (given,)  # called a thousand times: nothing in between
+            return lambda y, level: cast(Tensor, net(y, level, *rest))
         if guidance is None:
             return lambda y, level: model.network(y, level, given)[0]
         if model.null is None or given is None:
@@ -277,6 +284,27 @@ class Diffusion(Noised):
             return with_context + guidance * (with_context - without)
 
         return guided
+
+    def output_and_variance(
+        self, context: Tensor | None = None, guidance: float | None = None
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """The network with what a learnt variance is made of, as `output` gives it without; None where none is learnt.
+
+        The second is where the log variance lies between the small (−1) and the large one (1). Guidance moves the mean
+        alone.
+        """
+        model = self.model
+        if model.variance != "learned":
+            return None
+        given = model.conditioned(context)
+        if guidance is None:
+            return lambda y, level: cast("tuple[Tensor, Tensor]", model.network(y, level, given))
+        guided = self.output(context, guidance)
+
+        def both(y: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+            return guided(y, level), cast(Tensor, model.network(y, level, given)[1])
+
+        return both
 
     # ---------------------------------------------------------------------------------------------------- what data set
     @torch.no_grad()

@@ -39,6 +39,7 @@ from pyro_gen.nn import MLP
 __all__ = ["GAN"]
 
 _LATENT: Any = {"event_dims": ["latent"]}  # what ArviZ calls the dimension of z
+PRIORS = ("normal", "uniform", "student_t")
 DENSITIES = ("log_prob", "log_density", "lower_bound", "score", "distribution", "target")
 
 
@@ -210,8 +211,7 @@ class GAN(Implicit):
         encoder: ``"mlp"`` or a module from x (and the context) to z, or to location and log scale of z; the critic then
             judges x and z together. None for none.
         spectral_norm: hold each layer of the critic built here to a largest singular value of 1.
-        prior: of z: ``"normal"``, ``"uniform"``, ``"student_t"``, ``"mixture"``, or a distribution of event shape
-            ``(latent_dim,)``.
+        prior: of z: ``"normal"``, ``"uniform"``, ``"student_t"``, or a distribution of event shape ``(latent_dim,)``.
 
     Raises:
         ValueError: for sizes below 1, unknown names, and at the first call for a critic that gives no single logit.
@@ -262,6 +262,8 @@ class GAN(Implicit):
                 "spectral_norm=True is for the critic built here; in your own wrap the layers, by "
                 "torch.nn.utils.parametrizations.spectral_norm"
             )
+        if isinstance(prior, str) and prior not in PRIORS:  # a learnt mixture would need gradients through its draws
+            raise ValueError(f"prior must be {', '.join(map(repr, PRIORS))} or a distribution, got {prior!r}")
         latents = base_of(prior, dim, name="prior")
         support = latents().support
         while hasattr(support, "base_constraint"):
@@ -302,8 +304,8 @@ class GAN(Implicit):
         if name in DENSITIES:
             raise NoDensity(
                 f"{type(self).__name__} has no {name}: its density is never written down, it can only be sampled. "
-                "Compare its draws with data by two-sample scores (pg.diagnostics.two_sample: MMD, energy distance, "
-                "a classifier); log_ratio(x) has what its critic takes for the log density ratio"
+                "Compare its draws with data by two-sample scores (pg.diagnostics.mmd, energy_distance, "
+                "c2st); log_ratio(x) has what its critic takes for the log density ratio"
             )
         return super().__getattr__(name)
 

@@ -119,7 +119,7 @@ def test_bad_arguments_are_named() -> None:
         ({"generator": "mlp"}, TypeError, "generator must be a torch module"),
         ({"critic": TwoLogits}, TypeError, "critic must be a torch module"),
         ({"encoder": "cnn"}, ValueError, "encoder must be"),
-        ({"prior": "flat"}, ValueError, "prior must be"),
+        ({"prior": "mixture"}, ValueError, "prior must be"),
         ({"hidden": 5}, ValueError, "hidden must be"),
         ({"prior": "uniform", "encoder": "mlp"}, ValueError, "gives z anywhere"),
         ({"spectral_norm": 1}, ValueError, "spectral_norm must be"),

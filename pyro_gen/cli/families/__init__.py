@@ -10,6 +10,7 @@ from typing import Any
 
 from pyro_gen.cli.errors import BadInput
 from pyro_gen.cli.families.autoregressive import AutoregressiveFamily
+from pyro_gen.cli.families.diffusion import DiffusionFamily
 from pyro_gen.cli.families.ebm import EBMFamily
 from pyro_gen.cli.families.family import PANELS, DigitsForm, Family, parameters
 from pyro_gen.cli.families.flow import FlowFamily
@@ -18,7 +19,7 @@ from pyro_gen.cli.families.vae import VAEFamily
 __all__ = ["FAMILIES", "PANELS", "DigitsForm", "Family", "family_of", "named", "parameters"]
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (VAEFamily, FlowFamily, AutoregressiveFamily, EBMFamily)
+    family.name: family for family in (VAEFamily, FlowFamily, AutoregressiveFamily, EBMFamily, DiffusionFamily)
 }  # in the order of the help
 
 
