@@ -196,10 +196,12 @@ class BoltzmannTarget(Target):
         return float(self.net.log_uncoupled().detach()) + self.log_coin
 
     def log_density_at(self, x: Tensor, beta: Tensor | float) -> Tensor:
-        return self.log_coin + self.net.log_sum(x, beta)
+        result: Tensor = self.log_coin + self.net.log_sum(x, beta)
+        return result
 
     def increment(self, x: Tensor, before: Tensor | float, after: Tensor | float) -> Tensor:
-        return self.net.log_sum(x, after) - self.net.log_sum(x, before)
+        result: Tensor = self.net.log_sum(x, after) - self.net.log_sum(x, before)
+        return result
 
     def tempered(self, beta: Tensor | float) -> Target:
         return BoltzmannTarget(self.net, self.target, beta, flat=self.flat)
@@ -209,7 +211,8 @@ class BoltzmannTarget(Target):
         return True
 
     def sweep(self, x: Tensor) -> Tensor:
-        return self.net.sweep(x, self.beta)
+        moved: Tensor = self.net.sweep(x, self.beta)
+        return moved
 
 
 class Unconstrained(Target):

@@ -53,7 +53,7 @@ from pyro_gen.distributions.noising import (
     log_ratio,
     row_of,
 )
-from pyro_gen.distributions.parameterisations import Prediction, check_prediction, coefficients_of
+from pyro_gen.distributions.parameterisations import Prediction, check_prediction, coefficients_of, linear_answer
 from pyro_gen.nn.time import TimeMLP
 from pyro_gen.nn.unet import ConvTime
 from pyro_gen.samplers.probability_flow import ProbabilityFlow
@@ -64,8 +64,6 @@ __all__ = ["Diffusion"]
 CHAIN = 100  # steps of a chain made of a diffusion in continuous time
 MOST_SITES = 1000
 POINTS = 128  # parts of the integral over continuous time, a row and particle
-# what is predicted of standard normal data, in units of σ̄ y and ᾱ y
-LINEAR: dict[str, tuple[float, float]] = {"epsilon": (1.0, 0.0), "x0": (0.0, 1.0), "velocity": (1.0, -1.0)}
 
 
 class _Flat(nn.Module):
@@ -77,14 +75,15 @@ class _Flat(nn.Module):
         context_features: int,
         hidden: Sequence[int],
         outputs: int,
-        linear: tuple[float, float],
+        linear: tuple[float, float] | None,
     ) -> None:
         super().__init__()
         features = event_shape.numel()
         self.outputs = (outputs * event_shape[0], *event_shape[1:])
         self.mlp = TimeMLP(
             features, outputs * features, hidden,
-            context_features=context_features, waves=3 if features <= 4 else 0, linear=linear,
+            context_features=context_features, waves=3 if features <= 4 else 0,
+            gated=linear is not None, linear=linear or (0.0, 0.0),
         )  # fmt: skip
 
     def forward(self, y: Tensor, level: Tensor, context: Tensor | None = None) -> Tensor:
@@ -172,7 +171,8 @@ class Diffusion(Noised):
         check_prediction(prediction, levels)
         _check_options(form, variance, guide, timesteps, unconditional, context)
         own = not isinstance(network, nn.Module)
-        net = _network(network, event, context, hidden, 2 if variance == "learned" else 1, prediction)
+        answer = linear_answer(prediction, levels)
+        net = _network(network, event, context, hidden, 2 if variance == "learned" else 1, answer)
         model = DiffusionModel(
             net, levels, event, context, timesteps, own,
             prediction=prediction, form=form, variance=variance, unconditional=unconditional,
@@ -575,17 +575,18 @@ def _network(
     context: torch.Size | None,
     hidden: tuple[int, ...],
     outputs: int,
-    prediction: Prediction,
+    linear: tuple[float, float] | None,
 ) -> nn.Module:
     if isinstance(network, Program):
         raise TypeError(f"network must be a network, not a program, got {describe(network)}")
     if isinstance(network, nn.Module):
         return network
-    given, linear = 0 if context is None else context.numel(), LINEAR.get(prediction, (0.0, 0.0))
+    given = 0 if context is None else context.numel()
     if network is None or network == "mlp":
         return _Flat(event, given, hidden, outputs, linear)
     if network == "conv":
         if len(event) != 3:
             raise ValueError(f"network='conv' needs event_shape (channels, height, width), got {tuple(event)}")
-        return _Conv(tuple(event), outputs, context_features=given, linear=linear)
+        gate: dict[str, Any] = {"gated": linear is not None, "linear": linear or (0.0, 0.0)}
+        return _Conv(tuple(event), outputs, context_features=given, **gate)
     raise ValueError(f"network must be a module, 'mlp', 'conv' or None, got {describe(network)}")

@@ -160,7 +160,7 @@ class Chains:
             self.check_target(target)
             state = self._begin(target, start, warmup)
             stack.enter_context(scopes.without_validation())
-            bar = stack.enter_context(_bar(warmup + draws * thin, progress))
+            bar = stack.enter_context(bar_of(warmup + draws * thin, progress))
             state = self._warm_up(target, state, warmup, bar)
             return self._draw(target, state, draws, thin, warmup, bar)
 
@@ -350,7 +350,7 @@ def check_aim(value: Any) -> None:
 
 
 @contextmanager
-def _bar(steps: int, shown: bool | None) -> Iterator[Any]:
+def bar_of(steps: int, shown: bool | None) -> Iterator[Any]:
     """Shows how many of the steps are done; called once a step."""
     if not (sys.stderr.isatty() if shown is None else shown):
         yield lambda: None

@@ -34,7 +34,7 @@ from torch import Tensor
 from pyro_gen import scopes
 from pyro_gen.base import Divergence, Noised, Output, Program
 from pyro_gen.checks import check_count, check_rows, describe
-from pyro_gen.samplers.chains import _bar
+from pyro_gen.samplers.chains import bar_of
 from pyro_gen.samplers.tables import (
     Heun,
     Levels,
@@ -222,7 +222,7 @@ class ReverseDiffusion:
             y = _begin(program, levels, like, start)
             pair = _learned_output(program, context, guidance) if self.method == "ancestral" else None
             states = self._states(program, times, levels, net, y) if pair is None else _learned(levels, pair, y)
-            bar = stack.enter_context(_bar(len(times), progress))
+            bar = stack.enter_context(bar_of(len(times), progress))
             path = None
             if trajectory:
                 path = y.new_empty((len(times) + 1, *y.shape))
@@ -358,7 +358,7 @@ def _blocks(count: int, y: Tensor, deviations: Tensor | None = None) -> Iterator
 def _variances(program: Noised, times: Tensor) -> Tensor | None:
     """The variances of the program's own chain, for all steps but the one to the datum."""
     own: Any = getattr(program, "reverse_variance", None)
-    if own is None or len(times) < 2:
+    if own is None or len(times) < 2 or program.location.is_meta:
         return None
     at = times.to(program.location.device)
     found: Tensor = own(at[:-1], at[1:]).detach().to("cpu", torch.float64)
@@ -401,7 +401,7 @@ def _number(value: Any) -> bool:
 
 
 def _refuse_lost(x: Tensor, steps: int, path: Tensor | None) -> None:
-    if math.isfinite(float(x.sum())):
+    if x.is_meta or math.isfinite(float(x.sum())):
         return
     lost = ~torch.isfinite(x.flatten(1)).all(1)
     rows = lost.nonzero().flatten().tolist()

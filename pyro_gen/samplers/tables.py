@@ -64,9 +64,7 @@ def chain_of(program: Noised) -> Tensor | None:
 
     A program in discrete time has them as its attribute ``grid``, ``(T + 1,)`` with the datum's 0 first.
     """
-    grid = getattr(program, "grid", None)
-    if grid is None:
-        grid = getattr(program.model, "grid", None)
+    grid: Tensor | None = getattr(program, "grid", None)
     return None if grid is None or not len(grid) else grid.detach().double().cpu()[1:]
 
 
@@ -179,6 +177,9 @@ def levels_of(program: Noised, times: Tensor) -> Levels:
         ValueError: where the network's output does not say what the datum or the noise is.
     """
     t = times.to(program.location.device)
+    if t.is_meta:  # no numbers there: any will do to see shapes and devices through
+        ones = np.ones(len(times))
+        return Levels(ones, np.linspace(2, 1, len(times)), *[ones] * 7)
     schedule, parts = program.schedule, program.coefficients(t)
     numbers = (schedule.alpha(t), schedule.sigma(t), parts.scale, program.levels(t), *parts.data, *parts.noise)
     table: Array = torch.stack([part.to(t) for part in numbers]).detach().cpu().numpy()

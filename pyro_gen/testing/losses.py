@@ -333,7 +333,9 @@ def check_trainers(
         module = objective(copied)
         module.prepare(*batch)
         start = _weights(copied)
-        loop = _loop(module, batch, steps, lr, None), _weights(copied)
+        losses = _loop(module, batch, steps, lr, None)
+        copied.conclude(*batch)  # as `fit` does
+        loop = losses, _weights(copied)
         moved = any(not torch.equal(start[n], t) for n, t in loop[1].items() if n in start)
         expect(moved, "a plain torch loop moves no weight")
     with alone():
@@ -342,6 +344,7 @@ def check_trainers(
         optimizer = PyroOptim(torch.optim.SGD, {"lr": lr / rows})
         svi = SVI(copied.model, copied.guide, optimizer, loss=type(objective).from_settings(objective.settings()))
         losses = [svi.step(*batch) / rows for _ in range(steps)]
+        copied.conclude(*batch)
         _agree("SVI and a plain torch loop", (losses, _weights(copied)), loop, start)
     with alone():
         copied = fresh(program)

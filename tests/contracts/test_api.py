@@ -280,6 +280,7 @@ def sampler(x: Tensor) -> None:
 def kinds() -> dict[str, Program]:
     return {
         "VAE": pg.VAE(3),
+        "Noised": pg.Diffusion(3),
         "Bounded": pg.Bounded(Decoder(), Encoder(), 3),
         "Implicit": pg.Implicit(sampler, event_shape=3),
         "Unnormalized": pg.Unnormalized(LinearGaussian(), 3),
@@ -321,7 +322,10 @@ def test_what_is_no_program_is_refused(objective: type[Objective[Any]], given: t
 def test_pieces_of_a_program_without_a_density_do_not_get_through() -> None:
     implicit, x = pg.Implicit(sampler, event_shape=3), torch.zeros(4, 3)
     for objective in objectives():
-        with pytest.raises(ValueError, match="'z'"):
+        refused, why = ValueError, "critic" if pg.Implicit in objective.needs else "'z'"
+        if objective.needs == (pg.Noised,):  # takes programs only
+            refused, why = TypeError, "not a bare pair"
+        with pytest.raises(refused, match=why):
             objective()(implicit.model, implicit.guide)(x)
 
 
