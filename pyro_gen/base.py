@@ -343,6 +343,7 @@ class Noised(Bounded):
         denoiser: Callable[..., Tensor] | None = None,
     ) -> None:
         super().__init__(model, guide, event_shape, context_shape)
+        self.model.__dict__["_owner"] = self  # so that `SVI`, which sees the pair, finds schedule and network
         self.__dict__["schedule"] = schedule  # the model holds them where they have parameters
         self.__dict__["denoiser"] = denoiser
 
@@ -792,6 +793,9 @@ class Objective(pyro.infer.ELBO, Generic[K]):
     @overload
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any] | None = None, /) -> ObjectiveModule: ...
     def __call__(self, model: Any, guide: Any = None, /) -> ObjectiveModule:
+        owner = getattr(model, "__dict__", {}).get("_owner")
+        if Noised in self.needs and isinstance(owner, Noised) and guide in (None, owner.guide):
+            model, guide = owner, None  # a pair does not show what such a loss is made of
         if not isinstance(model, Program):
             if isinstance(model, type) or not callable(model) or not (guide is None or callable(guide)):
                 raise TypeError(

@@ -18,7 +18,6 @@ import pyro_gen as pg
 from pyro_gen.base import Objective, Program
 from pyro_gen.objectives.adversarial import Adversarial
 from pyro_gen.objectives.adversarial_bayes import AdversarialELBO
-from pyro_gen.programs import Diffusion
 from pyro_gen.programs.gan import GAN
 
 ROWS = 8
@@ -247,9 +246,18 @@ def made(event_shape: int, likelihood: str = "bernoulli", **options: Any) -> Pro
 def diffused(event_shape: Any, **options: Any) -> Program:
     """A short chain, of data that are standard already: it draws without having been fitted."""
     given = {"timesteps": 4, "hidden": (6,), "standardise": False, "prediction": "v", **options}
-    return Diffusion(event_shape, **given)
+    return pg.Diffusion(event_shape, **given)
 
 
+def straight() -> Program:
+    return diffused(3, schedule="rectified", prediction="velocity", timesteps=None)
+
+
+def guided() -> Program:
+    return diffused(3, context_shape=2, unconditional=0.3)
+
+
+NOISED = ("noise", "noise elbo", "flow matching")
 CHAIN = ("elbo", "elbo kl", "elbo at once", "iwae", "dreg")
 
 CASES = [
@@ -357,14 +365,22 @@ CASES = [
         objectives=("score", "differences"),
         enumerated=True,
     ),
-    Case("diffusion", lambda: diffused(3), real(3), objectives=("elbo", "elbo kl", "elbo at once")),
-    Case("diffusion continuous", lambda: diffused(3, timesteps=None), real(3), objectives=("elbo",)),
+    Case("diffusion", lambda: diffused(3), real(3), objectives=("elbo", "elbo kl", "elbo at once", *NOISED)),
+    Case("diffusion continuous", lambda: diffused(3, timesteps=None), real(3), objectives=("elbo", *NOISED)),
+    Case("diffusion straight", straight, real(3), objectives=("flow matching", "flow matching optimal")),
+    Case(
+        "diffusion exploding",
+        lambda: diffused(3, schedule="exploding", prediction="edm"),
+        real(3),
+        objectives=("noise",),
+    ),
     Case("diffusion sites", lambda: diffused(3, form="sites"), real(3), objectives=CHAIN),
     Case("diffusion forward", lambda: diffused(3, form="sites", guide="forward"), real(3), objectives=("elbo",)),
     Case("diffusion learned variance", lambda: diffused(3, variance="learned"), real(3), objectives=("elbo",)),
     Case("diffusion learned schedule", lambda: diffused(3, schedule="learned"), real(3), objectives=("elbo",)),
-    Case("diffusion conv", lambda: diffused((1, 4, 4), network="conv"), real(1, 4, 4), objectives=("elbo",)),
-    Case("diffusion context", lambda: diffused(3, context_shape=2), real(3), real(2), objectives=("elbo",)),
+    Case("diffusion conv", lambda: diffused((1, 4, 4), network="conv"), real(1, 4, 4), objectives=("elbo", "noise")),
+    Case("diffusion context", lambda: diffused(3, context_shape=2), real(3), real(2), objectives=("elbo", "noise")),
+    Case("diffusion guided", guided, real(3), real(2), objectives=("elbo", "noise")),
 ]
 
 CASES += [
@@ -398,6 +414,10 @@ OBJECTIVES: dict[str, Objective[Any]] = {
     "differences": pg.FiniteDifferenceScoreMatching(0.2),
     "denoising": pg.DenoisingScoreMatching(0.3),
     "denoising levels": pg.DenoisingScoreMatching(sigmas=(0.1, 1.0), levels=3),
+    "noise": pg.DenoisingScoreMatching(),
+    "noise elbo": pg.DenoisingScoreMatching(weighting="elbo"),
+    "flow matching": pg.FlowMatching(),
+    "flow matching optimal": pg.FlowMatching("optimal", block=4),
     "nce": pg.NoiseContrastive(ratio=2),
     "nce base": pg.NoiseContrastive(None),
     "pseudo": pg.PseudoLikelihood(),
