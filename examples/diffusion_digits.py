@@ -34,7 +34,7 @@ x = pg.datasets.dequantize(test, seed=2)[: 20 if quick else 360]
 # is best where nats are at stake; averaged weights are those of the program once ``fit`` is done, which at its end also
 # measures what the network does not know at each level, for the variances of the reverse steps.
 torch.manual_seed(0)
-diffusion = pg.Diffusion(64, timesteps=None, hidden=(32, 32) if quick else (256, 256, 256))
+diffusion = pg.Diffusion(64, timesteps=None, prediction="v", hidden=(32, 32) if quick else (256, 256, 256))
 result = pg.fit(
     pg.DenoisingScoreMatching(weighting="elbo")(diffusion), noisy, steps=10 if quick else 5000, batch_size=128,
     lr=2e-3, schedule="cosine", validation=held_out, validate_every=5 if quick else 500, seed=0,

@@ -12,7 +12,7 @@ fault, and how much the sampler's.
 # The prior
 # ---------
 #
-# Eight normals on a circle of radius 5, each with the standard deviation 0.32. The diffusion sees 20 000 draws of them.
+# Eight normals on a circle of radius 4, each with the standard deviation 0.7. The diffusion sees 20 000 draws of them.
 # It predicts v, which is well-conditioned at both ends, where there is hardly any noise and hardly any datum.
 import os
 
@@ -28,12 +28,12 @@ import pyro_gen as pg
 quick = os.environ.get("PYRO_GEN_SMOKE") == "1"
 
 pyro.set_rng_seed(0)
-radius, scale = 5.0, 0.1**0.5
+radius, scale = 4.0, 0.7
 toy = pg.datasets.eight_gaussians(radius, scale)
 diffusion = pg.Diffusion(2, prediction="v")
 pg.fit(
-    pg.DenoisingScoreMatching(weighting="v")(diffusion), toy.sample(500 if quick else 20_000, seed=0), steps=20 if quick else 6000,
-    batch_size=256, lr=2e-3, schedule="cosine", seed=0,
+    pg.DenoisingScoreMatching(weighting="v")(diffusion), toy.sample(500 if quick else 20_000, seed=0),
+    steps=20 if quick else 6000, batch_size=256, lr=2e-3, schedule="cosine", seed=0,
 )  # fmt: skip
 diffusion.requires_grad_(False)  # a prior, from now on
 
@@ -43,10 +43,10 @@ diffusion.requires_grad_(False)  # a prior, from now on
 #
 # One is linear, the sum of both coordinates; the other is the distance to a beacon. Both have a normal error of 1, so
 # that three of the eight pieces remain possible.
-beacon, sd = torch.tensor([7.0, 0.0]), 1.0
+beacon, sd = torch.tensor([6.0, 0.0]), 1.0
 problems = {
-    "linear": (lambda x: x.sum(-1), torch.tensor(5.5)),
-    "distance": (lambda x: (x - beacon).square().sum(-1).sqrt(), torch.tensor(3.5)),
+    "linear": (lambda x: x.sum(-1), torch.tensor(4.5)),
+    "distance": (lambda x: (x - beacon).square().sum(-1).sqrt(), torch.tensor(3.0)),
 }
 
 
@@ -59,9 +59,9 @@ def model(measure, y, copies):
 # %%
 # ``noncentered`` draws noise, z ~ N(0, I), and carries it to x by the probability-flow ODE. NUTS moves in z, where the
 # prior is one normal and the eight pieces are neighbours, so that chains go from one to the next. A solve of the ODE
-# costs the same for one row as for many: a plate holds sixteen copies of the unknown, each with the same measurement,
+# costs the same for one row as for many: a plate holds eight copies of the unknown, each with the same measurement,
 # and each is a chain of its own to ArviZ.
-copies, draws, warmup = (2, 6, 4) if quick else (16, 150, 60)
+copies, draws, warmup = (2, 6, 4) if quick else (8, 200, 60)
 posteriors = {}
 for name, problem in problems.items():
     pyro.set_rng_seed(1)
@@ -136,8 +136,8 @@ for name in problems:
     row("diffusion prior, NUTS", by_draws(name))
 
 # %%
-# The first two rows of the linear problem say what the grid is worth; the next differs from it by what the diffusion has
-# learnt, the last by what NUTS makes of it: ArviZ above says how many independent draws there are.
+# The first two rows of the linear problem say what the grid is worth. The next differs from it by what the diffusion
+# has learnt, the last by what NUTS makes of it: ArviZ above says how many independent draws there are.
 #
 # Exact posterior and draws
 # -------------------------

@@ -13,9 +13,9 @@ chain, and an equality of the ODE that goes the same way without noise.
 #
 # ``pg.Diffusion`` without a network of your own has a multilayer perceptron, with Fourier features of x in the plane.
 # The chain has 1000 steps. Denoising costs the same however many there are: a row is trained at one of them at a time.
-# The network predicts v = α ε − σ u, of which both noise and datum can be had at all levels. A network that predicts the
-# noise (the default, ``"epsilon"``) has the datum divided by α, which is next to nothing at the last level: a chain of
-# many small steps forgives that, a solver that begins with a large one does not.
+# The network predicts v = α ε − σ u, of which both noise and datum can be had at all levels. From a prediction of the
+# noise (the default, ``"epsilon"``) the datum comes divided by α, which is next to nothing at the last level: a chain
+# of many small steps forgives that, a solver that begins with a large one does not.
 import os
 
 import matplotlib.pyplot as plt
@@ -32,8 +32,8 @@ for name, toy in toys.items():
     torch.manual_seed(0)
     diffusion = pg.Diffusion(2, timesteps=100 if quick else 1000, prediction="v")
     result = pg.fit(
-        pg.DenoisingScoreMatching(weighting="v")(diffusion), toy.sample(rows, seed=0), steps=steps, batch_size=256, lr=2e-3,
-        schedule="cosine", seed=0,
+        pg.DenoisingScoreMatching(weighting="v")(diffusion), toy.sample(rows, seed=0), steps=steps, batch_size=256,
+        lr=2e-3, schedule="cosine", seed=0,
     )  # fmt: skip
     fitted[name] = diffusion
     print(f"{name}: {result}")
@@ -101,8 +101,8 @@ for ax, (name, diffusion) in zip(axes, fitted.items(), strict=True):
 # -----------
 #
 # The network does not care how it is used. The chain takes as many steps as it has; solvers of second order get the
-# same draws from few. The distance is between 2000 draws and 2000 data, over random directions. Its floor is that of two
-# sets of one distribution, by exchanging rows between them, and p is the share of such exchanges that are as far apart.
+# same draws from few. The distance is between 2000 draws and 2000 data, over random directions. Its floor is that of
+# two sets of one distribution, by exchanging rows between them, and p is the share of exchanges that are as far apart.
 n = 200 if quick else 2000
 toy, diffusion = toys["eight Gaussians"], fitted["eight Gaussians"]
 for method in (

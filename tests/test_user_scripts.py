@@ -18,6 +18,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "shared" / "user_scripts"
         ("vae_to_arviz", ["FitResult(VAE", "log p(x) ≥|≈", "z[z0]|z0"]),
         ("energy_factor", ["check says: unhandled-normalizer", "log Z ≈", "posterior", "mean log p - log q"]),
         ("flow_prior_nuts", ["coef[0]", "elpd_loo", "(good)"]),
+        ("diffusion_inverse", ["sliced Wasserstein ≈", "log p = -2.6", "x[0]"]),
     ],
 )
 def test_script(name: str, said: list[str], tmp_path: Path) -> None:

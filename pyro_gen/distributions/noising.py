@@ -24,6 +24,7 @@ from torch.distributions import constraints
 
 from pyro_gen.base import event_names
 from pyro_gen.distributions.chains import LeftOut, Stratified, normal_kl, steps_of
+from pyro_gen.distributions.learned_noise import LearnedSchedule
 from pyro_gen.distributions.noise import NoiseSchedule
 from pyro_gen.distributions.parameterisations import Prediction, coefficients_of
 
@@ -66,6 +67,20 @@ class Table(NamedTuple):
     first: Tensor
     small: Tensor
     span: Tensor
+
+
+class Levels(NoiseSchedule):
+    """Levels that are there already, λ and λ', as a schedule."""
+
+    def __init__(self, log_snr: Tensor, rate: Tensor) -> None:
+        super().__init__()
+        self.held = log_snr, rate
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return self.held[0]
+
+    def log_snr_rate(self, t: Tensor) -> Tensor:
+        return self.held[1]
 
 
 class DiffusionModel(nn.Module):
@@ -167,12 +182,14 @@ class DiffusionModel(nn.Module):
         columns = (*reading, *steps[2:], weight, precision, first, small, torch.log(large / small))
         return Table(*columns)
 
-    def read(self, t: Tensor) -> tuple[Tensor, ...]:
-        """The columns of a table that belong to a level, at times of any shape."""
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        c = coefficients_of(self.prediction, self.schedule, t, scaled=self.scaled)
+    def read(self, t: Tensor, schedule: NoiseSchedule | None = None) -> tuple[Tensor, ...]:
+        """The columns of a table that belong to a level, at times of any shape, of this schedule or another."""
+        schedule = self.schedule if schedule is None else schedule
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        c = coefficients_of(self.prediction, schedule, t, scaled=self.scaled)
         data, output = c.data
-        return alpha, sigma, c.scale, self.levels(t), data, output, 1 - data * alpha, -data * sigma, -output
+        level = (schedule.log_snr(t) / -2).clamp(-14, 14) if self.own else t
+        return alpha, sigma, c.scale, level, data, output, 1 - data * alpha, -data * sigma, -output
 
     @property
     def scaled(self) -> bool:
@@ -187,12 +204,15 @@ class DiffusionModel(nn.Module):
         return (table.alpha[-1].square() + table.sigma[-1].square()).sqrt()
 
     # ------------------------------------------------------------------------------------------------------- network
-    def network(self, y: Tensor, level: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def network(
+        self, y: Tensor, level: Tensor, context: Tensor | None = None, *, held: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """F, of the shape of y, and what a learnt variance is made of; for any leading dimensions.
 
         Args:
             y: ``(..., *event_shape)``, scaled; level: of a shape that broadcasts to the leading one.
             context: as the network sees it, ``(..., *context_shape)``, broadcasting likewise.
+            held: no gradient goes into the weights; it goes through them.
         """
         lead = y.shape[: y.dim() - len(self.event_shape)]
         flat = y.reshape(-1, *self.event_shape)
@@ -200,7 +220,11 @@ class DiffusionModel(nn.Module):
         given: tuple[Tensor, ...] = ()
         if context is not None and self.context_shape is not None:
             given = (context.expand(*lead, *self.context_shape).reshape(-1, *self.context_shape),)
-        out = self.net(flat, level, *given)
+        if held:
+            weights = {name: p.detach() for name, p in self.net.named_parameters()}
+            out = torch.func.functional_call(self.net, weights, (flat, level, *given))
+        else:
+            out = self.net(flat, level, *given)
         channels = self.event_shape[0]
         wanted = (len(flat), (1 + (self.variance == "learned")) * channels, *self.event_shape[1:])
         if not isinstance(out, Tensor) or tuple(out.shape) != wanted:
@@ -241,12 +265,14 @@ class DiffusionModel(nn.Module):
             return ratio * normal
         return (normal * self.wide(step.first) if self.variance == "small" else normal).expand(ratio.shape)
 
-    def misses(self, u: Tensor, noise: Tensor, step: Any, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def misses(
+        self, u: Tensor, noise: Tensor, step: Any, context: Tensor | None, *, held: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """(u − û)² at a level, without a difference of large numbers; and the network's second output."""
         alpha, sigma, scale, level, _, _, from_data, from_noise, from_output = step[:9]
         wide = self.wide
         y = wide(scale * alpha) * u + wide(scale * sigma) * noise
-        out, extra = self.network(y, level, context)
+        out, extra = self.network(y, level, context, held=held)
         return (wide(from_data) * u + wide(from_noise) * noise + wide(from_output) * out).square(), extra
 
     def step_loss(self, u: Tensor, noise: Tensor, step: Table, ratio: Tensor, context: Tensor | None) -> Tensor:
@@ -296,20 +322,52 @@ class DiffusionModel(nn.Module):
                 step = Table(*self.table[index].unbind(-1))
             return self.timesteps * self.step_loss(u, noise, step, self.ratio[index], context)
         ending, way = t < LAST_SHARE, (t - LAST_SHARE).clamp(min=0) / (1 - LAST_SHARE)
-        if self.moving:  # its own way between the ends is what it learns
+        if isinstance(self.schedule, LearnedSchedule):
+            middle, squares = self.learning(u, way, noise, context)
+        elif self.moving:
             first, last = self.ends
             times = first + (last - first) * way
-            log_snr = self.schedule.log_snr(times)
-            rate = (first - last) * self.schedule.log_snr_rate(times)
+            rates = (first - last) * self.schedule.log_snr_rate(times)
+            middle, squares = self.integrand(u, times, noise, context, self.schedule.log_snr(times), rates)
         else:  # evenly in log SNR, where the integrand is bounded; in t it need not be, for the same integral
             high, low = self.span
             log_snr = high + (low - high) * way
-            times, rate = self.schedule.time(log_snr), log_snr.new_tensor(high - low)
-        squares, _ = self.misses(u, noise, self.read(times), context)
-        rate = rate * log_snr.exp() / (2 * (1 - LAST_SHARE))
+            rates = log_snr.new_tensor(high - low)
+            middle, squares = self.integrand(u, self.schedule.time(log_snr), noise, context, log_snr, rates)
         error = self.error(row_of(table, 0), self.ratio[0])
         end = (squares / error - 1).flatten(-len(self.event_shape)).sum(-1) / (2 * LAST_SHARE)
-        return torch.where(ending, end, rate * squares.flatten(-len(self.event_shape)).sum(-1))
+        return torch.where(ending, end, middle / (1 - LAST_SHARE))
+
+    def integrand(
+        self,
+        u: Tensor,
+        times: Tensor,
+        noise: Tensor,
+        context: Tensor | None,
+        log_snr: Tensor,
+        rate: Tensor,
+        *,
+        schedule: NoiseSchedule | None = None,
+        held: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """−½ SNR' |u − û|² at levels λ that fall at this rate, a value a row; and (u − û)²."""
+        squares, _ = self.misses(u, noise, self.read(times, schedule), context, held=held)
+        return rate * log_snr.exp() / 2 * squares.flatten(-len(self.event_shape)).sum(-1), squares
+
+    def learning(self, u: Tensor, times: Tensor, noise: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The integrand on a way that is learnt: its ends by the value, the way between by the value's mean square.
+
+        The second part is 0 and has that gradient; see `LearnedSchedule`.
+        """
+        assert isinstance(self.schedule, LearnedSchedule)
+        pairs = torch.func.jvp(self.schedule.log_snr_parts, (times,), (torch.ones_like(times),))
+        (by_ends, by_way), (ends_rate, way_rate) = pairs
+        (value, squares), (spread, _) = (
+            self.integrand(u, times, noise, context, level, -rate, schedule=Levels(level, rate), held=held)
+            for level, rate, held in ((by_ends, ends_rate, False), (by_way, way_rate, True))
+        )
+        square = spread.square()
+        return value + (square - square.detach()), squares
 
     # --------------------------------------------------------------------------------------------------------- pyro
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

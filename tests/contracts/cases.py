@@ -378,6 +378,12 @@ CASES = [
     Case("diffusion forward", lambda: diffused(3, form="sites", guide="forward"), real(3), objectives=("elbo",)),
     Case("diffusion learned variance", lambda: diffused(3, variance="learned"), real(3), objectives=("elbo",)),
     Case("diffusion learned schedule", lambda: diffused(3, schedule="learned"), real(3), objectives=("elbo",)),
+    Case(
+        "diffusion learned continuous",
+        lambda: diffused(3, schedule="learned", timesteps=None),
+        real(3),
+        objectives=("elbo",),
+    ),
     Case("diffusion conv", lambda: diffused((1, 4, 4), network="conv"), real(1, 4, 4), objectives=("elbo", "noise")),
     Case("diffusion context", lambda: diffused(3, context_shape=2), real(3), real(2), objectives=("elbo", "noise")),
     Case("diffusion guided", guided, real(3), real(2), objectives=("elbo", "noise")),

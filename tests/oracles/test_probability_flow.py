@@ -9,6 +9,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import nn
 
+from pyro_gen.distributions import transport
 from pyro_gen.distributions.noise import make_schedule
 from pyro_gen.distributions.transport import Transport
 from pyro_gen.programs.diffusion import Diffusion
@@ -187,7 +188,8 @@ def means_agree(mcmc, truth):
 
 
 @pytest.mark.slow
-def test_nuts_on_a_gaussian_prior_has_the_conjugate_posterior():
+def test_nuts_on_a_gaussian_prior_has_the_conjugate_posterior(monkeypatch):
+    monkeypatch.setattr(transport, "PAYS", 10**9)  # compiling would not pay off here
     program, prior = mixture(components=1)
     slope, y, noise = torch.tensor([1.0, 0.5], dtype=DOUBLE), torch.tensor(1.5, dtype=DOUBLE), 0.5
     cov = prior.component_distribution.covariance_matrix[0]
@@ -198,7 +200,8 @@ def test_nuts_on_a_gaussian_prior_has_the_conjugate_posterior():
 
 
 @pytest.mark.slow
-def test_nuts_on_a_mixture_prior_has_its_posterior():
+def test_nuts_on_a_mixture_prior_has_its_posterior(monkeypatch):
+    monkeypatch.setattr(transport, "PAYS", 10**9)
     program, prior = mixture(tight=0.6)
     slope, y, noise = torch.tensor([1.0, 0.5], dtype=DOUBLE), torch.tensor(0.6, dtype=DOUBLE), 0.5
     mcmc = posterior(program, slope, y, noise, 120, 60)

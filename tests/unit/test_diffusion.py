@@ -295,3 +295,44 @@ def test_images_and_contexts_of_any_shape() -> None:
     x, context = rows(1, 4, 4), rows(2, 2)
     assert image.lower_bound(x, context).shape == (ROWS,)
     assert image.sample(3, context[:3], seed=0).shape == (3, 1, 4, 4)
+
+
+def test_a_learnt_way_follows_the_variance_and_its_ends_the_bound():
+    program = Diffusion(2, schedule="learned", timesteps=None, standardise=False, hidden=(8,), prediction="v").double()
+    model, schedule = program.model, program.model.schedule
+    generator = torch.Generator().manual_seed(0)
+    u, noise = (torch.randn(50, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    way = torch.rand(50, generator=generator, dtype=torch.float64)
+
+    def values() -> torch.Tensor:
+        """The integrand, by the schedule as it is."""
+        rate = -schedule.log_snr_rate(way)
+        return model.integrand(u, way, noise, None, schedule.log_snr(way), rate)[0].detach()
+
+    def slope(parameter: torch.nn.Parameter, of: Any, step: float = 1e-5) -> float:
+        """Central difference in the first entry."""
+        ends = []
+        with torch.no_grad():
+            for sign in (1, -1):
+                parameter.view(-1)[0].add_(sign * step)
+                ends.append(float(of(values()).sum()))
+                parameter.view(-1)[0].sub_(sign * step)
+        return (ends[0] - ends[1]) / (2 * step)
+
+    found, _ = model.learning(u, way, noise, None)
+    assert torch.allclose(found, values(), rtol=1e-12)
+    found.sum().backward()
+    for parameter in (schedule.gamma_0, schedule.raw_span):
+        assert float(parameter.grad.view(-1)[0]) == pytest.approx(slope(parameter, lambda v: v), rel=1e-5)
+    for parameter in (schedule.raw_weights, schedule.raw_slopes, schedule.centres):
+        gradient = float(parameter.grad.view(-1)[0])
+        assert gradient == pytest.approx(slope(parameter, torch.square), rel=1e-5)
+        assert gradient != pytest.approx(slope(parameter, lambda v: v), rel=1e-2)  # the plain gradient is another
+    plain = Diffusion(2, schedule="learned", timesteps=None, standardise=False, hidden=(8,), prediction="v").double()
+    plain.load_state_dict(program.state_dict())
+    rate = -plain.model.schedule.log_snr_rate(way).detach()
+    level = plain.model.schedule.log_snr(way).detach()
+    plain.model.integrand(u, way.detach(), noise, None, level, rate)[0].sum().backward()
+    for (name, mine), theirs in zip(model.net.named_parameters(), plain.model.net.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert torch.allclose(mine.grad, theirs.grad, rtol=1e-8, atol=1e-10), name  # held in the second part

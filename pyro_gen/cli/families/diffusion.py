@@ -26,6 +26,7 @@ VARIANCES = ("optimal", "small", "large", "learned")
 OBJECTIVES = ("denoising", "flow_matching", "elbo")
 WEIGHTINGS = ("epsilon", "x0", "v", "edm", "truncated_snr", "min_snr", "velocity", "elbo", "sigmoid")
 TIMES = ("uniform", "logit_normal", "lognormal")
+NO_SIGNAL = ("sigmoid", "rectified")  # schedules that end at α = 0; that of cosine steps stops before
 LOG_P = ("ode", "bound")
 METHODS = ("ancestral", "ddim", "heun", "dpm++2m", "ode")
 # options that are not of every objective, and those they belong to
@@ -174,11 +175,10 @@ class DiffusionFamily(Family):
         x, *context = content.train
         self._check(x, bool(context))
         refuse_counts(x, "")
-        matching = self.objective == "flow_matching"
         given: dict[str, Any] = {
             "network": self.network,
             "schedule": self.noise_schedule,
-            "prediction": self.prediction or ("velocity" if matching else "epsilon"),
+            "prediction": self._prediction(),
             "variance": self.variance,
         }
         program = pg.Diffusion(
@@ -251,6 +251,12 @@ class DiffusionFamily(Family):
                 f"--prediction v needs α² + σ² = 1, which --noise-schedule {self.noise_schedule} has not: take edm, "
                 "which is v for any schedule"
             )
+        prediction = self._prediction()
+        if self.timesteps and self.noise_schedule in NO_SIGNAL and prediction in ("epsilon", "score"):
+            raise BadInput(
+                f"--prediction {prediction} divides by α, which is 0 at the last of the steps of --noise-schedule "
+                f"{self.noise_schedule}: take edm, or continuous time, --timesteps 0"
+            )
         if self.weighting in ("elbo", "sigmoid") and self.times not in (None, "uniform"):
             raise BadInput(f"--weighting {self.weighting} is an integral over all levels: leave --times out")
         if not 0 <= self.unconditional < 1:
@@ -259,6 +265,9 @@ class DiffusionFamily(Family):
             raise BadInput("--unconditional leaves the context out, and --data has none: leave --unconditional out")
         if self.coupling == "optimal" and conditional:
             raise BadInput("--coupling optimal pairs by x alone, and --data has a context: take independent")
+
+    def _prediction(self) -> str:
+        return self.prediction or ("velocity" if self.objective == "flow_matching" else "epsilon")
 
     def _objective(self) -> Any:
         import pyro_gen as pg
