@@ -68,17 +68,17 @@ for name, evidence in methods.items():
     print(f"{name}: {mean} nats, {mean.bits_per_dimension(64)} bits per pixel, {mean.kind}")
 
 # %%
-# Weights say how far to trust them. One path has a mean and a variance of its own at each of 50 steps of 64 pixels, and
-# the best of 200 has nearly all of the weight: k̂ is far above 0.7, so the number is a bound and no estimate.
+# Weights say how far to trust them. Small misses at each of 50 steps of 64 pixels add up in the weight of a path, so
+# that a few of the 200 have nearly all of it: with a k̂ above 0.7 the number is a bound and no estimate.
 paths = methods["weighted paths, 50 steps"]
-print(f"effective sample size {paths.effective_sample_size.median():.1f} of 200, k̂ {paths.pareto_k.median():.1f}")
+print(f"medians: effective sample size {paths.effective_sample_size.median():.1f}, k̂ {paths.pareto_k.median():.1f}")
 
 # %%
 # Where the nats are
 # ------------------
 #
-# Levels with little noise cost most: there the uniform noise on the pixels is what is described, at a price that no
-# model can lower.
+# Where little noise is left nobody can guess it, and each unit of log SNR costs half a nat a pixel, 32 in all: there
+# the uniform noise on the pixels is what is described. What the network knows of digits is missing further right.
 figure = pg.plots.loss_by_level(diffusion, x[:rows])
 
 # %%
@@ -91,7 +91,8 @@ drawn = diffusion.sample(36, method=method, seed=0)
 figure = pg.plots.samples(diffusion, x, n=None if len(x) > 35 else len(x), generated=drawn[: len(x)])
 
 # %%
-# The same, on their way. What is decided first is large: ink on the left or on the right; what comes last are edges.
+# The same, on their way. Noise is in standard deviations of each pixel, about its mean, so that the mean of all digits
+# stays when everything else is gone. What is decided first is large; what comes last are edges.
 figure = pg.plots.strips(diffusion, x, method=method)
 
 # %%

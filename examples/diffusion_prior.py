@@ -50,17 +50,21 @@ problems = {
 }
 
 
+prior = diffusion.distribution()
+
+
 def model(measure, y, copies):
     with pyro.plate("copies", copies):
-        x = diffusion.noncentered("x")
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        x = pyro.deterministic("x", prior.push(z), event_dim=1)
         pyro.sample("y", dist.Normal(measure(x), sd), obs=y.expand(copies))
 
 
 # %%
-# ``noncentered`` draws noise, z ~ N(0, I), and carries it to x by the probability-flow ODE. NUTS moves in z, where the
-# prior is one normal and the eight pieces are neighbours, so that chains go from one to the next. A solve of the ODE
-# costs the same for one row as for many: a plate holds eight copies of the unknown, each with the same measurement,
-# and each is a chain of its own to ArviZ.
+# ``pyro.sample("x", prior)`` would do. Here the same is written out: noise, z ~ N(0, I), is carried to x by the
+# probability-flow ODE. NUTS moves in z, where the prior is one normal and the eight pieces are neighbours, so that
+# chains go from one to the next. A solve of the ODE costs about the same for one row as for many: a plate holds eight
+# copies of the unknown, each with the same measurement, and each is a chain of its own to ArviZ.
 copies, draws, warmup = (2, 6, 4) if quick else (8, 200, 60)
 posteriors = {}
 for name, problem in problems.items():

@@ -107,7 +107,7 @@ n = 200 if quick else 2000
 toy, diffusion = toys["eight Gaussians"], fitted["eight Gaussians"]
 for method in (
     pg.ReverseDiffusion("ancestral"), pg.ReverseDiffusion("ddim", 20), pg.ReverseDiffusion("dpm++2m", 20),
-    pg.ReverseDiffusion("heun", 20, spacing="index"), pg.ProbabilityFlow(rtol=1e-3, atol=1e-3),
+    pg.ReverseDiffusion("heun", 20, spacing="log_snr"), pg.ProbabilityFlow(rtol=1e-3, atol=1e-3),
 ):  # fmt: skip
     draws = diffusion.sample(n, method=method, seed=3)
     taken = len(method.times(diffusion)) if isinstance(method, pg.ReverseDiffusion) else "as many as it takes"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-import time
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ def weights_of(sizes: tuple[int, ...] = (3, 64, 64, 64, 2)) -> dict[str, np.ndar
     """Weights of torchcfm's MLP, as its worker saves them."""
     rng = np.random.default_rng(0)
     found = {}
-    for place, (a, b) in zip((0, 2, 4, 6), zip(sizes[:-1], sizes[1:], strict=True), strict=True):
+    for place, (a, b) in zip((0, 2, 4, 6), pairwise(sizes), strict=True):
         found[f"net.{place}.weight"] = (rng.normal(size=(b, a)) / math.sqrt(a)).astype("float32")
         found[f"net.{place}.bias"] = rng.normal(size=b).astype("float32") * 0.1
     return found
 
 
 class OfNormal(diffusion_2d.Carried):
-    """The exact field of independent pairs (1 − t) z + t x, x ~ N(0, s² I): v = x (t s² − (1 − t)) / ((1 − t)² + t² s²)."""
+    """The exact field of independent pairs (1 − t) z + t x with x ~ N(0, s² I)."""
 
     def __init__(self, s: float) -> None:
         self.s = s
@@ -53,35 +53,35 @@ def test_the_density_by_the_field_of_a_normal_is_that_normal() -> None:
 
 def test_the_trace_of_a_network_is_the_log_determinant_of_its_map() -> None:
     ode = diffusion_2d.Carried(weights_of())
+    ode.net = torch.nn.Sequential(*(torch.nn.SiLU() if isinstance(m, torch.nn.SELU) else m for m in ode.net))  # smooth
     x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     end, ladj = ode.along(x, 1.0, 0.0, 1e-9)
     back, _ = ode.along(end, 0.0, 1.0, 1e-9)
     assert torch.allclose(back, x, atol=1e-6)
-    step = 1e-4  # central differences: an error of step² and of 1e-9 / step
-    for i in range(4):
-        columns = []
-        for j in range(2):
-            move = torch.zeros(1, 2, dtype=torch.float64)
-            move[0, j] = step
-            ends = [ode.along(x[i : i + 1] + sign * move, 1.0, 0.0, 1e-9)[0] for sign in (1, -1)]
-            columns.append((ends[0] - ends[1])[0] / (2 * step))
-        assert abs(float(torch.stack(columns).det().abs().log() - ladj[i])) < 1e-3
+    step, columns = 1e-4, []  # central differences: an error of step² and of 1e-9 / step
+    for j in range(2):
+        move = step * torch.eye(2, dtype=torch.float64)[j]
+        ends = [ode.along(x + sign * move, 1.0, 0.0, 1e-9)[0] for sign in (1, -1)]
+        columns.append((ends[0] - ends[1]) / (2 * step))
+    jacobians = torch.stack(columns, 2)
+    assert torch.allclose(torch.linalg.slogdet(jacobians)[1], ladj, atol=1e-4)
+    assert not torch.allclose(torch.linalg.slogdet(jacobians)[1], -ladj, atol=1e-2)
 
 
-def test_a_fit_ends_with_its_budget_and_the_rate_with_it() -> None:
+def test_a_fit_ends_with_its_budget_and_the_rate_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()
+    monkeypatch.setattr(diffusion_2d.time, "process_time", lambda: float(next(clock)))  # a second a look
     x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
     rates: list[float] = []
-    program = pg.Diffusion(2, timesteps=None, hidden=(8,))
-    begun = time.process_time()
     steps = diffusion_2d.fit_for(
-        pg.DenoisingScoreMatching()(program), x, begun, 1.0, 0, 1e-2, batch_size=64, average=0.9,
-        optimizer=lambda p, lr: Kept(p, lr, rates),
+        pg.DenoisingScoreMatching()(pg.Diffusion(2, timesteps=None, hidden=(8,))), x, 0.0, 40.0, 0, 1e-2,
+        batch_size=64, average=0.9, optimizer=lambda p, lr: Kept(p, lr, rates),
     )  # fmt: skip
-    assert time.process_time() - begun >= 1.0
     assert len(rates) == steps
-    assert rates[0] <= 1e-2
+    assert 10 <= steps <= 21  # each step looks twice; whoever else looks takes a second too
     assert rates == sorted(rates, reverse=True)
-    assert rates[-1] < rates[0] / 2
+    assert rates[0] > 0.9e-2
+    assert rates[-1] < 0.1e-2
 
 
 class Kept(torch.optim.Adam):
@@ -156,7 +156,7 @@ def test_tables_pair_rows_and_judge_every_seed() -> None:
              diffusion_digits.EDGES: [fit([-5.0, -7.0], 0.02)]}  # fmt: skip
     lines = diffusion_digits.density_table(found).splitlines()
     assert lines[3].endswith("| -10.00 ± 0.00 |")
-    assert lines[4].endswith("| +8.00 ± 1.41 |")
+    assert lines[4].endswith("| ≤ +8.00 ± 2.00 |")
     assert lines[4].split("|")[2].startswith(" ≥ -103.00")
     assert diffusion_digits.sample_table(found, [0.5, 0.1]).count("0.600") == 4
     assert diffusion_digits.verdict(found[ours]).count("missed") == 0
