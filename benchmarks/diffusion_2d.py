@@ -54,7 +54,8 @@ TARGETS: dict[str, Callable[[], Any]] = {
     "25 Gaussians": pg.datasets.grid_gaussians,
 }
 Record = dict[str, Any]
-Score = tuple[Tensor, float, Callable[[int, int], Tensor]]  # log q of rows, numerical error of the worst, sampler
+# log q of rows and the numerical error of the worst; and draws, of a number and a seed
+Score = tuple[Callable[[Tensor], tuple[Tensor, float]], Callable[[int, int], Tensor]]
 MODES: Record = {"schedule": "cosine", "prediction": "v", "weighting": "v", "time": "lognormal", "batch": 512}
 RECIPES: dict[str, Record] = {
     "8 Gaussians": MODES,

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from diffusion_2d import fit_for
-from digits import CENTRE, GREY, LOG_JACOBIAN, continuous, fitted
+from digits import CENTRE, LOG_JACOBIAN, continuous, fitted
 from exact_digits import flow
 from tables import markdown, publish, spread, stamp
 from torch import Tensor
@@ -39,7 +39,7 @@ import pyro_gen as pg
 
 SEEDS, SECONDS, RESERVE = 5, 60.0, 1.0
 ALLOWED, LEAST, SOLVED = 180.0, -115.0, 0.05  # seconds, nats, and the solver's error of a row
-TOLERANCE = 1e-3  # of the looser solve
+TOLERANCE = 3e-4  # of the looser solve
 COPIES, SPLITS, DRAWS = 40, 8, 5000
 RECIPE: dict[str, Any] = {"lr": 2e-3, "batch_size": 128, "average": 0.999}
 MODELS = ("diffusion, convolutions", "flow, autoregressive splines", "VAE, mixture-of-normals likelihood")
@@ -51,7 +51,7 @@ class Rows:
     """Dequantised rows: of training (and of training for the flow and the VAE), validation and test."""
 
     def __init__(self) -> None:
-        data = pg.datasets.digits(levels=GREY)
+        data = pg.datasets.digits()
 
         def noisy(x: Tensor, copies: int, seed: int) -> Tensor:
             return pg.datasets.dequantize(x.repeat(copies, 1), seed=seed)

@@ -24,7 +24,7 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def named(families: list[str]) -> str:
-    """Names in a sentence: vae, flow, autoregressive or ebm."""
+    """Names in a sentence: vae, flow, autoregressive, ebm or diffusion."""
     return " or ".join([", ".join(families[:-1]), families[-1]] if len(families) > 1 else families)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_gen import scopes
-from pyro_gen.base import Nothing, Objective, Program, known_objectives
+from pyro_gen.base import Implicit, Nothing, Objective, Program, known_objectives
 from pyro_gen.checks import check_count, describe
 from pyro_gen.diagnostics.complaints.complaint import Complaint, name_of_objective
 from pyro_gen.diagnostics.complaints.devices import left_behind
@@ -62,6 +62,9 @@ LOOKS: tuple[Callable[[Pair], Iterator[Complaint]], ...] = (
     not_finite,
 )
 
+# of a program that is only drawn from: no density of its sites is ever asked for
+DRAWN: tuple[Callable[[Pair], Iterator[Complaint]], ...] = (raised, batch_dims, value_shape, plate_scale)
+
 
 def check(
     model: Callable[..., Any],
@@ -102,7 +105,7 @@ def check(
     with untouched(pair.modules), scopes.forked_generators(0), torch.enable_grad():
         with pyro.validation_enabled(False):  # which would end the run at the first thing that it sees
             examine(pair)
-            for look in LOOKS:
+            for look in DRAWN if isinstance(program, Implicit) else LOOKS:
                 complaints += look(pair)
         complaints = [c for c in complaints if c.concerns(pair.objective)]
         if program is not None:  # whose kind refuses some losses by itself

@@ -29,6 +29,8 @@ def unhandled_normalizer(pair: Pair) -> Iterator[Complaint]:
         return
     plate = pair.plate
     for name, site in pair.of_kind("factor").items():
+        if (site["infer"] or {}).get("in_expectation"):  # a bound on log p, in expectation over its auxiliary sites
+            continue
         reached = leaves_of(pair.leaf.model[name].get("log_prob"))
         in_x = _depends_on_data(pair, name, reached)
         in_z = [n for n, t in pair.z_leaves.items() if id(t) in reached]
