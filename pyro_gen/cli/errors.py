@@ -13,10 +13,10 @@ BAD_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
 
 # Arguments of the Python functions that the command line has as options, and two that it calls otherwise.
 SAME = (
-    "activation average base batch_size bins bound chains checkpoint_every clip_norm compile components delimiter "
-    "device direction energy epochs eps gradient guide header hidden latent_dim layers levels likelihood lr noise "
-    "orders patience prior projections ratio sampler scale schedule seed steps step_size support temperatures "
-    "transform validate_every validation warmup"
+    "activation average base batch_size bins bound chains checkpoint_every clip_norm compile components coupling "
+    "delimiter device direction energy epochs eps gradient guide header hidden latent_dim layers levels likelihood lr "
+    "network noise orders patience prediction prior projections ratio sampler scale schedule seed steps step_size "
+    "support temperatures timesteps transform unconditional validate_every validation variance warmup weighting"
 )
 OPTIONS = {
     "num_particles": "particles",

@@ -315,8 +315,12 @@ def is_discrete(program: Program, batch: tuple[Tensor, ...]) -> bool:
 class _Known:
     """An evidence that is there already, as a method."""
 
-    def __init__(self, evidence: Evidence) -> None:
-        self.evidence = evidence
+    def __init__(self, measured: Measured, method: EvidenceMethod | None) -> None:
+        self.evidence, self.said = measured.evidence, measured.method
+        self.likelihood_kind = getattr(method, "likelihood_kind", "marginal_iwae")
+
+    def __repr__(self) -> str:
+        return self.said
 
     def log_evidence(self, program: Program, x: Tensor, context: Tensor | None = None) -> Evidence:
         return self.evidence
@@ -328,15 +332,16 @@ def report(run: Run, result: FitResult, content: Data, begun: float) -> None:
 
     options = run.options
     program = result.program
+    method = evidence_method(options, program)
     measured = measure(
-        program, content.test, evidence_method(options, program), dequantized=is_dequantized(options),
+        program, content.test, method, dequantized=is_dequantized(options),
         contexts=options.get("contexts"),
     )  # fmt: skip
     run.file("evidence.json").write_text(json.dumps(measured.facts(), indent=2) + "\n", encoding="utf-8")
     device = program.template().device
     test = tuple(part.to(device) for part in content.test)
     idata = to_inference_data(
-        result, test if len(test) > 1 else test[0], seed=options["seed"], importance=_Known(measured.evidence)
+        result, test if len(test) > 1 else test[0], seed=options["seed"], importance=_Known(measured, method)
     )
     idata.to_netcdf(run.file("inference_data.nc"))
     if options["plots"]:

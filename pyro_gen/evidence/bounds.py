@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pyro.poutine as poutine
 import torch
@@ -54,6 +55,8 @@ class LowerBound:
         >>> LowerBound(4, seed=0).log_evidence(diffusion, torch.zeros(3, 2)).kind
         'lower bound'
     """
+
+    likelihood_kind: ClassVar[str] = "elbo"
 
     draws: int = 8
     seed: int | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -127,15 +127,13 @@ class _Bound:
     """The bound of each row, where draws have no weights, and nothing better was asked for."""
 
     bound: Evidence
+    likelihood_kind: ClassVar[str] = "elbo"
 
     def log_evidence(self, program: Program, x: Tensor, context: Tensor | None = None) -> Evidence:
         return self.bound
 
     def __repr__(self) -> str:
         return f"lower_bound at {DRAWS} draws of the noise"
-
-
-LIKELIHOODS = {"_Bound": "elbo", "ProbabilityFlow": "pf_ode"}
 
 
 def _count(latents: Mapping[str, Tensor]) -> int:
@@ -216,7 +214,7 @@ def _score_rows(
         if open_z is not None:
             attrs |= {"likelihood_kind": "normalized", "method": repr(method), "shared_error": evidence.shared_error}
         elif not isinstance(program, Exact):
-            kind = LIKELIHOODS.get(type(method).__name__, "marginal_iwae")
+            kind = getattr(method, "likelihood_kind", "marginal_iwae")
             attrs |= {"likelihood_kind": kind, "method": repr(method)}
             attrs |= {"n_importance": getattr(method, "num_samples", None)}
         if mean.standard_error is not None:

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ WAYPOINTS = 50  # of a trajectory by an adaptive solver
 Trace = Literal["auto", "exact", "hutchinson"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ProbabilityFlow:
     r"""Draws, encodings and log-densities of a noised program by its probability-flow ODE.
 
@@ -77,6 +77,8 @@ class ProbabilityFlow:
         tensor([-1.8379], dtype=torch.float64)
     """
 
+    likelihood_kind: ClassVar[str] = "pf_ode"
+
     solver: Solver = "dopri5"
     rtol: float = 1e-5
     atol: float = 1e-5
@@ -100,6 +102,10 @@ class ProbabilityFlow:
                 f"solver={self.solver!r} takes equal steps: say how many, steps=50, or use 'dopri5', which keeps a "
                 "tolerance"
             )
+
+    def __repr__(self) -> str:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return f"ProbabilityFlow({', '.join(f'{k}={v!r}' for k, v in given.items())})"
 
     @property
     def _fixed(self) -> bool:

@@ -194,7 +194,7 @@ class DiffusionFamily(Family):
 
     def evidence(self, seed: int, program: Program | None = None) -> EvidenceMethod:
         import pyro_gen as pg
-        from pyro_gen.evidence.bounds import LowerBound
+        from pyro_gen.evidence import LowerBound
 
         if self.log_p not in LOG_P:
             raise BadInput(f"--log-p must be ode or bound, got {self.log_p!r}")
