@@ -166,6 +166,12 @@ class EBM(Unnormalized):
     def _base(self, rows: int, *contexts: Tensor) -> Any:
         return unmasked(self.model.base()).expand((rows,))
 
+    def _machine(self, rows: int, *contexts: Tensor) -> tuple[Any, bool] | None:
+        base = self.model.base
+        if isinstance(self.model.net, RBM) and isinstance(base, BaseMeasure):  # no values have to be looked at
+            return self.model.net, base.name is None
+        return super()._machine(rows, *contexts)
+
     def target(self, context: Tensor | None = None) -> Target:
         """The density as samplers and methods of log Z see it; a flat base has no draws to start from."""
         target, base = super().target(context), self.model.base

@@ -161,7 +161,8 @@ def test_optimal_pairs_with_a_context_are_refused() -> None:
         FlowMatching("optimal")(program)
     FlowMatching()(program)
     with pytest.raises(TypeError, match="not a bare pair"):
-        FlowMatching()(program.model, program.guide)
+        FlowMatching()(lambda x: None, lambda x: None)
+    assert FlowMatching()(program.model, program.guide).program is program  # as `SVI` has it
     with pytest.raises(TypeError, match="needs a program of kind Noised"):
         FlowMatching()(pg.EBM(2))
 

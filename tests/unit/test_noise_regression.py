@@ -295,7 +295,8 @@ def test_options_of_the_other_kind_are_refused() -> None:
             DenoisingScoreMatching(**options)(energy)  # type: ignore[arg-type]
     assert type(DenoisingScoreMatching()(energy)) is DenoisingScoreMatchingModule
     assert type(DenoisingScoreMatching()(program)) is NoiseRegressionModule
-    assert type(DenoisingScoreMatching()(program.model, program.guide)) is DenoisingScoreMatchingModule
+    assert type(DenoisingScoreMatching()(program.model, program.guide)) is NoiseRegressionModule  # as `SVI` has it
+    assert type(DenoisingScoreMatching()(energy.model)) is DenoisingScoreMatchingModule
 
 
 @pytest.mark.parametrize(
