@@ -210,7 +210,7 @@ def at(site: Any) -> Callable[[Tensor], None]:
     return model
 
 
-ONES, X = torch.ones(2), torch.rand(9, 2) + 0.1
+ONES, X = torch.ones(2), torch.rand(9, 2, generator=torch.Generator().manual_seed(0)) + 0.1
 BAD: list[tuple[Any, Any, Tensor, str]] = [
     (standard(3), normal, X, "event shape"),
     (dist.Normal(ONES, 1.0), normal, X, "batch shape"),
