@@ -376,6 +376,11 @@ class Noised(Bounded):
         """What the network is told of the times, of their shape: t itself, or a function of it."""
         return t
 
+    @property
+    def fixed(self) -> tuple[Tensor, ...] | None:
+        """The tensors that the numbers of all levels hang on, so that samplers may keep them; None: make them anew."""
+        return None
+
     def training_times(self, u: Tensor) -> Tensor:
         """Times from numbers that are uniform in [0, 1), of their shape: those that the network is trained at."""
         first, last = self.times

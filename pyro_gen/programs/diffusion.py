@@ -228,6 +228,12 @@ class Diffusion(Noised):
         """The times of the chain, ``(T + 1,)`` from 0 upwards, in float64 on the CPU; None in continuous time."""
         return self.model.numbers
 
+    @property
+    def fixed(self) -> tuple[Tensor, ...] | None:
+        """What the reverse chain hangs on where the schedule is fixed: the measured errors; dtype and device."""
+        tensors = self.model.ratio, self.model.location
+        return None if self.model.moving or any(t.is_inference() for t in tensors) else tensors
+
     def training_times(self, u: Tensor) -> Tensor:
         if self.timesteps is None:
             return super().training_times(u)

@@ -22,10 +22,11 @@ operations; noise comes in blocks.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import pyro.poutine as poutine
 import torch
@@ -206,7 +207,7 @@ class ReverseDiffusion:
             TypeError, ValueError: for arguments that do not fit the program, as the message says.
             Divergence: if rows end at numbers that are not finite.
         """
-        times = self.times(program)
+        plan = self._planned(program)
         check_count(n, "n")
         location, scale = program.location, program.scale
         like = location.new_zeros((n, *program.event_shape))
@@ -218,10 +219,10 @@ class ReverseDiffusion:
             if seed is not None:
                 stack.enter_context(scopes.forked_generators(seed))
             net = program.output(context, guidance)
-            levels = levels_of(program, times)
+            times, levels = plan.times, plan.levels
             y = _begin(program, levels, like, start)
             pair = _learned_output(program, context, guidance) if self.method == "ancestral" else None
-            states = self._states(program, times, levels, net, y) if pair is None else _learned(levels, pair, y)
+            states = _states(plan.table, net, y) if pair is None else _learned(levels, pair, y)
             bar = stack.enter_context(bar_of(len(times), progress))
             path = None
             if trajectory:
@@ -236,16 +237,52 @@ class ReverseDiffusion:
             _refuse_lost(x, len(times), path)
             return x if path is None else path
 
-    def _states(self, program: Noised, times: Tensor, levels: Levels, net: Output, y: Tensor) -> Iterator[Tensor]:
-        """The rows after each step, in standard units."""
+    def _planned(self, program: Noised) -> Plan:
+        """The numbers of all steps: those of the last call, where the program says that they cannot have changed."""
+        fixed = program.fixed if isinstance(program, Noised) else None
+        kept: Plan | None = None if fixed is None else program.__dict__.get("_plan")
+        if kept is not None and kept.sampler == self and kept.holds(fixed):
+            return kept
+        times = self.times(program)
+        with torch.no_grad():
+            levels = levels_of(program, times)
+            plan = Plan(self, times, levels, self._table(program, times, levels), fixed or (), _versions(fixed or ()))
+        if fixed is not None:
+            program.__dict__["_plan"] = plan
+        return plan
+
+    def _table(self, program: Noised, times: Tensor, levels: Levels) -> Linear | Heun:
         if self.method == "heun":
-            table = heun(program, times, levels, self.s_churn, (self.s_min, self.s_max), self.s_noise)
-            return _heun(table, net, y)
+            return heun(program, times, levels, self.s_churn, (self.s_min, self.s_max), self.s_noise)
         if self.method == "dpm++2m":
-            return _linear(multistep(levels), net, y)
+            return multistep(levels)
         if self.method == "ancestral":
-            return _linear(linear(levels, 1.0, _variances(program, times)), net, y)
-        return _linear(linear(levels, 0.0 if self.eta is None else float(self.eta)), net, y)
+            return linear(levels, 1.0, _variances(program, times))
+        return linear(levels, 0.0 if self.eta is None else float(self.eta))
+
+
+class Plan(NamedTuple):
+    """The numbers of all steps of a sampler, and the tensors that they hang on, as those were."""
+
+    sampler: ReverseDiffusion
+    times: Tensor
+    levels: Levels
+    table: Linear | Heun
+    of: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    def holds(self, of: tuple[Tensor, ...] | None) -> bool:
+        """Whether these tensors are the same ones, with nothing written into them since."""
+        return of is not None and all(map(operator.is_, self.of, of)) and self.versions == _versions(of)
+
+
+def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
+
+
+def _states(table: Linear | Heun, net: Output, y: Tensor) -> Iterator[Tensor]:
+    """The rows after each step, in standard units."""
+    return _heun(table, net, y) if isinstance(table, Heun) else _linear(table, net, y)
 
 
 # -------------------------------------------------------------------------------------------------------------- loops

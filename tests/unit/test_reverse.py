@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, get_args
@@ -636,3 +637,25 @@ def test_bad_networks() -> None:
 
     with pytest.raises(ValueError, match=r"reverse_variance of Narrow gives shape \(3, 5\): it must be \(3,\) or"):
         ReverseDiffusion(steps=4).sample(Narrow(NORMAL), 3)
+
+
+def test_the_numbers_of_a_chain_are_kept_only_while_they_hold():
+    program = Diffusion(2, timesteps=20, hidden=(8,), standardise=False, prediction="v").double()
+    method = ReverseDiffusion()
+
+    def fresh() -> torch.Tensor:
+        return method.sample(copy.deepcopy(program), 50, seed=0)  # a copy has tensors of its own: nothing is kept
+
+    first = method.sample(program, 50, seed=0)
+    assert torch.equal(method.sample(program, 50, seed=0), first)
+    with torch.no_grad():
+        program.model.ratio.mul_(9)  # as a fit measures it
+    second = method.sample(program, 50, seed=0)
+    assert not torch.allclose(second, first, atol=1e-3)
+    assert torch.equal(second, fresh())
+    shorter = ReverseDiffusion(steps=5).sample(program, 50, seed=0)
+    assert torch.equal(shorter, ReverseDiffusion(steps=5).sample(copy.deepcopy(program), 50, seed=0))
+    with torch.no_grad():
+        program.model.ratio = program.model.ratio.clone() / 9
+    assert torch.equal(method.sample(program, 50, seed=0), first)
+    assert method.sample(program.float(), 50, seed=0).dtype == torch.float32
