@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_gen.base import Coefficients, Divergence, Noised, Output
 from pyro_gen.distributions.noise import NoiseSchedule, make_schedule
 from pyro_gen.distributions.parameterisations import Prediction, coefficients_of
+from pyro_gen.programs.diffusion import Diffusion
 from pyro_gen.samplers import reverse, tables
 from pyro_gen.samplers.reverse import Method, ReverseDiffusion
 
