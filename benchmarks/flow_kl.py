@@ -14,9 +14,9 @@ training rows) and the hidden size that brings it nearest to the parameters of a
 have two hidden layers of 128. Form (autoregressive, coupling), mixing between layers (reversed order, trained LU
 matrix), activation (ReLU, SiLU) and depth of the networks (2 or 3 hidden layers, at equal parameters) are chosen for
 each library and target by the validation rows: fits of 10 s on seed 0 at depth 2, which settle the activation, then of
-30 s of each form and mixing at both depths (coupling layers and LU matrices are ahead early, and overtaken). The learning
-rate is .003, which an earlier search of .001 and .003 chose for every library. Test rows, 100 000, are looked at once
-for each final fit.
+30 s of each form and mixing at both depths (coupling layers and LU matrices are ahead early, and overtaken). The
+learning rate is .003, which an earlier search of .001 and .003 chose for every library. Test rows, 100 000, are looked
+at once for each final fit.
 
 Every fit is a line of `fits.jsonl` in the folder of `--results`; what is there is not run again.
 """

@@ -21,14 +21,15 @@ A small share of broad noise lays a bridge of data between far modes, without wh
 A program of kind `Noised` has a network, a schedule and levels of its own: there the loss is `noise_regression`.
 
 *Which σ?* This loss cannot tell: its least value is :math:`\frac d2 - \frac12 \sigma^2 E|\nabla \log p_\sigma|^2`,
-another for each σ. `choose_sigma` compares by a criterion on clean held-out rows, whose unknown constant has no σ.
+another for each σ. `sigma_choice.choose_sigma` compares by a criterion on clean held-out rows, whose unknown constant
+has no σ.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import pyro.poutine as poutine
 import torch
@@ -42,7 +43,7 @@ from pyro_gen.objectives.observed_supports import observing_site, support_of
 from pyro_gen.objectives.unreached import reaching, unreached
 from pyro_gen.targets import is_real
 
-__all__ = ["DenoisingScoreMatching", "SigmaChoice", "choose_sigma"]
+__all__ = ["DenoisingScoreMatching", "positive"]
 
 DEFAULT = 0.1  # standard deviations of the data
 
@@ -315,7 +316,7 @@ class DenoisingScoreMatching(Objective[Unnormalized | Noised]):
             raise ValueError(f"sigmas must be a sequence of numbers such as (0.1, 1.0), got {describe(sigmas)}")
         given = [sigma] if sigmas is None else list(sigmas)
         name = "sigma" if sigmas is None else "sigmas"
-        values = [_positive(value, name) for value in given]
+        values = [positive(value, name) for value in given]
         if levels is not None:
             if sigmas is None or len(values) != 2 or values[0] == values[1]:
                 raise ValueError(
@@ -335,7 +336,7 @@ class DenoisingScoreMatching(Objective[Unnormalized | Noised]):
                 raise ValueError(
                     f"mixture must have one share for each of the {len(values)} levels, got {describe(mixture)}"
                 )
-            mixture = [_positive(share, "mixture") for share in mixture]
+            mixture = [positive(share, "mixture") for share in mixture]
         self.sigma, self.sigmas, self.levels_given, self.levels = sigma, sigmas, levels, values
         self.relative, self.mixture, self.antithetic = bool(relative), mixture, bool(antithetic)
         self.condition = condition
@@ -359,90 +360,7 @@ class DenoisingScoreMatching(Objective[Unnormalized | Noised]):
         return {**given, "mixture": self.mixture, **self.asked}
 
 
-class SigmaChoice(NamedTuple):
-    """What `choose_sigma` found.
-
-    Attributes:
-        sigma: of the least criterion.
-        sigmas: all that were tried.
-        values: mean of the criterion over the held-out rows, for each.
-        differences: how far each is above the least.
-        standard_errors: of those differences, paired row by row.
-    """
-
-    sigma: float
-    sigmas: tuple[float, ...]
-    values: tuple[float, ...]
-    differences: tuple[float, ...]
-    standard_errors: tuple[float, ...]
-
-
-def choose_sigma(
-    train: Callable[[float], Unnormalized], held_out: Tensor, sigmas: Sequence[float], criterion: Objective[Any]
-) -> SigmaChoice:
-    r"""Choose the noise of denoising score matching by what its programs say of clean rows held out.
-
-    Denoising losses at different σ have different least values, so they do not rank σ. A loss of the clean data does:
-    exact score matching is :math:`\frac12 E|s_\theta - \nabla \log p_{data}|^2` plus a constant of the data alone, the
-    negative log-likelihood of a normalised program is its KL plus another. Small σ has less bias, large σ less variance
-    (and a bridge between modes, which score matching on clean data cannot see): the criterion weighs the first two.
-
-    Args:
-        train: from σ to a trained program, on rows other than ``held_out``.
-        held_out: clean rows, ``(rows, *event_shape)``, two at least.
-        sigmas: the values to try.
-        criterion: a loss that is a sum over rows and not random: ``pg.ScoreMatching()``, or ``pg.MaximumLikelihood()``
-            for programs of kind `Exact`.
-
-    Returns:
-        SigmaChoice: the best σ, and how clearly it is the best.
-
-    Raises:
-        ValueError: for no or bad ``sigmas``, a random criterion, too few rows, or a criterion that is not finite.
-
-    Example:
-        >>> import torch, pyro_gen as pg
-        >>> def train(sigma):
-        ...     flow = pg.Flow(1, "linear")
-        ...     _ = pg.fit(DenoisingScoreMatching(sigma)(flow), x[:400], steps=200, lr=0.05, seed=0, progress=False)
-        ...     return flow
-        >>> x = torch.randn(800, 1, generator=torch.Generator().manual_seed(0))
-        >>> choose_sigma(train, x[400:], (0.3, 3.0), pg.MaximumLikelihood()).sigma
-        0.3
-    """
-    tried = tuple(_positive(value, "sigmas") for value in sigmas)
-    if not tried:
-        raise ValueError("sigmas is empty: give the values to try")
-    if not isinstance(criterion, Objective) or isinstance(criterion, DenoisingScoreMatching):
-        raise TypeError(
-            "criterion must be a loss of clean rows, pg.ScoreMatching() or pg.MaximumLikelihood(): the denoising loss "
-            f"has another least value at each σ; got {describe(criterion)}"
-        )
-    if not criterion.deterministic:
-        raise ValueError(f"criterion must not be random, and {criterion!r} is: its noise would do the choosing")
-    if len(held_out) < 2:
-        raise ValueError(f"held_out must have two rows at least, for a standard error; got {len(held_out)}")
-    found = []
-    for sigma in tried:
-        program = train(sigma)
-        module = criterion(program)
-        with torch.no_grad(), scopes.evaluation_mode(program):
-            rows = module.pointwise(*program.check(held_out)).double()
-        if not bool(torch.isfinite(rows).all()):
-            raise ValueError(f"the criterion is not finite on a held-out row at sigma={sigma}: look at that program")
-        found.append(rows)
-    best = min(range(len(tried)), key=lambda i: float(found[i].mean()))
-    apart = [rows - found[best] for rows in found]
-    return SigmaChoice(
-        tried[best],
-        tried,
-        tuple(float(rows.mean()) for rows in found),
-        tuple(float(gap.mean()) for gap in apart),
-        tuple(float(gap.std()) / math.sqrt(len(held_out)) for gap in apart),
-    )
-
-
-def _positive(value: Any, name: str) -> float:
+def positive(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {describe(value)}")
     return float(value)

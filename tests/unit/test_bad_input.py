@@ -597,7 +597,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "levels of the digits": ("fit vae --data digits --levels 5 --out new", ("--levels", "2", "17", "got 5")),
     "digits are split": ("fit vae --data digits --test 0.5 --out new", ("--test", "leave it out")),
     "family": (
-        "fit vea --data good.npy --out new", ("FAMILY must be vae, flow, autoregressive, ebm or diffusion", "'vea'", "--help"),
+        "fit vea --data good.npy --out new", ("FAMILY must be vae, flow", "ebm or diffusion", "'vea'", "--help"),
     ),
     "options before the family": ("fit --data good.npy vae --out new", ("FAMILY is missing", "--data", "flow")),
     "option of another family": ("fit flow --data good.npy --out new --latent-dim 2", ("--latent-dim", "flow", "vae")),
@@ -681,7 +681,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluate a file": ("evaluate good.npy", ("RUN", "no folder")),
     "evaluate a damaged run": ("evaluate damaged", ("RUN", "weights.pt", "cut short")),
     "evaluate a foreign run": ("evaluate foreign", ("RUN", "config.json", "not written by")),
-    "evaluate a run of a later family": ("evaluate later", ("RUN", "'nebula'", "vae, flow, autoregressive, ebm or diffusion")),
+    "evaluate a run of a later family": ("evaluate later", ("RUN", "'nebula'", "vae, flow", "ebm or diffusion")),
     "evaluate a run that lacks an option": ("evaluate lacking", ("RUN", "config.json lacks layers")),
     "resume a run that lacks an option": ("fit flow --out lacking --resume", ("--out", "lacks layers")),
     "evaluate other rows": ("evaluate run --data narrow.npy", ("--data", "x must have shape", "(40, 2)")),

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import pyro_gen as pg
 from pyro_gen.compiled import CompiledStep
-from pyro_gen.objectives.denoising import DenoisingScoreMatching, choose_sigma
+from pyro_gen.objectives.denoising import DenoisingScoreMatching
+from pyro_gen.objectives.sigma_choice import choose_sigma
 from pyro_gen.programs.ebm import EBM
 
 
