@@ -1,7 +1,7 @@
 """Densities in the plane by diffusion: E[log p − log q] and W2 after 12 s of CPU, beside torchcfm and our flow.
 
     python benchmarks/diffusion_2d.py --prepare        # makes torchcfm's environment where it is missing
-    python benchmarks/diffusion_2d.py                  # fits and prints; two hours, can be resumed
+    python benchmarks/diffusion_2d.py                  # fits and prints; an hour, can be resumed
     python benchmarks/diffusion_2d.py --only moons     # targets and methods whose names contain a word
     python benchmarks/diffusion_2d.py --write          # puts the table into docs/benchmarks.md
     python benchmarks/diffusion_2d.py --smoke          # a minute: one target, one seed, a second a fit
@@ -11,7 +11,7 @@ weights; nobody compiles. The learning rate of ours is half a cosine of the shar
 no number of steps has to be known beforehand. The diffusion has the recipe of its target in `RECIPES`, chosen by some
 twenty single fits of seed 7, which is not among those reported, on 4000 validation rows. torchcfm has the settings of
 its own script for two dimensions: independent pairs, σ = .1, three layers of 64 with SELU, Adam at 1e-3, batches of
-256, on data of the size at which that script has eight Gaussians; a second row leaves the blur σ out. The flow has the
+256, on data of the size at which that script has eight Gaussians. The flow has the
 coupling splines that `flow_kl.py` chose for these targets: ReLU, three hidden layers, trained LU matrices.
 
 *Gap*: mean of log p − log q over 10 000 test rows, the same for all, with the exact log p. For the ODEs log q is that
@@ -210,7 +210,7 @@ def floors(target: str, matched: int = MATCHED, pairs: int = FLOORS) -> list[flo
     return [pg.diagnostics.wasserstein(a, b).value for a, b in draws]
 
 
-METHODS = ("diffusion", "flow, coupling splines", "torchcfm, I-CFM σ = .1", "torchcfm, I-CFM σ = 0")
+METHODS = ("diffusion", "flow, coupling splines", "torchcfm, I-CFM σ = .1")
 
 
 def run(method: str, target: str, seed: int, seconds: float, worker: Callable[..., Record]) -> tuple[Record, Score]:
@@ -219,7 +219,7 @@ def run(method: str, target: str, seed: int, seconds: float, worker: Callable[..
         return diffusion(target, x, seconds, seed, RECIPES[target])
     if method == "flow, coupling splines":
         return flow(target, x, seconds, seed)
-    return torchcfm(target, x, seconds, seed, worker, 0.1 if method.endswith(".1") else 0.0)
+    return torchcfm(target, x, seconds, seed, worker, 0.1)
 
 
 def verdict(gaps: list[float]) -> str:
