@@ -360,7 +360,7 @@ class DiffusionModel(nn.Module):
         The second part is 0 and has that gradient; see `LearnedSchedule`.
         """
         assert isinstance(self.schedule, LearnedSchedule)
-        pairs = torch.func.jvp(self.schedule.log_snr_parts, (times,), (torch.ones_like(times),))
+        pairs: Any = torch.func.jvp(self.schedule.log_snr_parts, (times,), (torch.ones_like(times),))
         (by_ends, by_way), (ends_rate, way_rate) = pairs
         (value, squares), (spread, _) = (
             self.integrand(u, times, noise, context, level, -rate, schedule=Levels(level, rate), held=held)
